@@ -1,0 +1,113 @@
+"""What training makes: the trained tensors of each layer, and the card that says where they come from.
+
+Layer names are the ones on disk, with the component in front ("unet.mid_block...attn1.to_q"); they outlive the
+refactorings of the libraries that hold the live modules.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mmpeft.delta import Delta
+from mmpeft.errors import AdapterError
+from mmpeft.plugins import near_miss
+
+
+class LayerAdapter(ABC):
+    """What an adapter holds for one layer: the method's own tensors, with alpha as it was saved.
+
+    Each method has its own subclass beside it, a frozen dataclass.
+    """
+
+    method: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The method's tensors by the names that PEFT gives them ("lora_A", "lora_B", ...)."""
+
+    @abstractmethod
+    def delta(self, weight: Tensor | None = None) -> Delta:
+        """Give the change of the layer's weight.
+
+        Args:
+            weight: the base's weight of this layer, for methods whose change depends on it.
+
+        Raises:
+            AdapterError: the method needs the weight and got none.
+        """
+
+    def dense(self, weight: Tensor | None = None) -> Tensor:
+        """Build the whole change of the weight, in its shape, float32."""
+        return self.delta(weight).dense()
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What is known about an adapter besides its weights; written as adapter.json.
+
+    Only digests stand for what lay on the user's machine: no caption, file name or path.
+    """
+
+    base: str = ""
+    fingerprint: Mapping[str, Any] | None = None
+    data_digest: str | None = None
+    trigger: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    preview: Mapping[str, Any] = field(default_factory=dict)
+    parents: tuple[Mapping[str, Any], ...] = ()
+
+
+class Adapter(Mapping[str, LayerAdapter]):
+    """Layer adapters by layer name, with a card."""
+
+    def __init__(self, layer_adapters: Mapping[str, LayerAdapter], card: AdapterCard | None = None) -> None:
+        self._layer_adapters = dict(sorted(layer_adapters.items()))
+        self.card = card or AdapterCard()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layer names, sorted, each with its component in front."""
+        return tuple(self._layer_adapters)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that have at least one layer here, sorted."""
+        return tuple(sorted({name.split(".", 1)[0] for name in self._layer_adapters}))
+
+    def component(self, name: str) -> dict[str, LayerAdapter]:
+        """Give one component's layer adapters, their names without the component in front."""
+        prefix = name + "."
+        return {k.removeprefix(prefix): v for k, v in self._layer_adapters.items() if k.startswith(prefix)}
+
+    def __getitem__(self, layer: str) -> LayerAdapter:
+        try:
+            return self._layer_adapters[layer]
+        except KeyError:
+            hint = near_miss(layer, list(self.layers)) if len(self) else "; the adapter is empty"
+            raise AdapterError(f"the adapter has no layer {layer!r}{hint[:200]}") from None
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._layer_adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer_adapters)
+
+    def __len__(self) -> int:
+        return len(self._layer_adapters)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the native folder, which plain diffusers and plain PEFT load; see `mmpeft.adapter_file.save`."""
+        from mmpeft.adapter_file import save
+
+        return save(self, Path(folder))
