@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from mmpeft import plugins
 from mmpeft.errors import ConfigError
@@ -182,6 +190,28 @@ class Recipe(Settings):
     def dotted(self) -> dict[str, Any]:
         """Flatten to {"train.steps": 1000, ...} with JSON values; to compare two recipes or to print one."""
         return dict(_flat(self.model_dump(mode="json")))
+
+
+def flags_type(chosen: Mapping[str, str]) -> type[Settings]:
+    """Derive the type behind the command line's flags: a recipe in which every setting may be left out.
+
+    Args:
+        chosen: recipe section -> plugin name; sections that are not named take their default plugin.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in Recipe.model_fields.items():
+        if name in PLUGIN_SECTIONS:
+            kind, default = PLUGIN_SECTIONS[name]
+            settings_type = plugins.get(kind, chosen.get(name, default)).settings_type
+            fields[name] = (settings_type, Field(settings_type(), description=f"see mmpeft plugins {kind}"))
+        elif name != "out":
+            fields[name] = (field.annotation, field)
+    return create_model("Flags", __base__=Settings, **fields)
+
+
+def error_sentence(settings_type: type[BaseModel], error: ValidationError) -> str:
+    """Word a validation error in one sentence: the setting, what is wrong, what was given."""
+    return "; ".join(_sentence(settings_type, entry, "") for entry in error.errors())
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""The command line: parse, call one function, print."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import cyclopts
+
+import mmpeft
+from mmpeft.errors import MmpeftError
+
+# Short forms of settings that are said often.
+SHORT_FORMS = {
+    "--base": "--base.name",
+    "--base_config": "--base.config",
+    "--base-config": "--base.config",
+    "--attention": "--base.attention",
+    "--precision": "--base.precision",
+    "--processes": "--train.processes",
+    "--steps": "--train.steps",
+    "--trigger": "--data.trigger",
+    "--caption": "--data.caption",
+}
+# Commands whose flags are the recipe's settings, so that the settings of the chosen plugins are among them.
+RECIPE_COMMANDS = ("train", "plan")
+FUNCTIONS = {"train": "_train", "plan": "_plan", "plugins": "plugins_command"}
+
+
+def main() -> None:
+    """Run the command line; errors that are ours are one line and exit with 2."""
+    set_thread_waiting(os.environ)
+    try:
+        make_app(sys.argv[1:])(expanded(sys.argv[1:]), exit_on_error=False, print_error=False)
+    except MmpeftError as error:
+        sys.exit(_complaint(str(error)))
+    except cyclopts.CycloptsError as error:
+        sys.exit(_complaint(parse_error_sentence(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
+    """Build the application; for `train` and `plan` the flags are those of the plugins that the tokens choose."""
+    app = cyclopts.App(
+        name="mmpeft",
+        version=mmpeft.__version__,
+        help="Train small adapters on big frozen models, and compose them exactly.",
+    )
+    if tokens[:1] and tokens[0] in RECIPE_COMMANDS:
+        from mmpeft import commands
+
+        app.command(commands.recipe_command(tokens[0], expanded(tokens)), name=tokens[0])
+    for name, summary in (
+        ("train", "Train an adapter from a folder of images or a recipe."),
+        ("plan", "Look at data and cost before training: nothing is trained."),
+        ("generate", "Draw pictures with adapters mixed at given weights."),
+        ("inspect", "Say what is in an adapter."),
+        ("doctor", "Say what works on this machine, and how to get the rest."),
+        ("plugins", "List methods, backbones, objectives and datasets."),
+        ("quickstart", "Train, mix, fuse and measure two adapters on the embedded base."),
+    ):
+        if not (name in RECIPE_COMMANDS and list(tokens[:1]) == [name]):
+            app.command(f"mmpeft.commands:{FUNCTIONS.get(name, name)}", name=name, help=summary)
+    return app
+
+
+def expanded(tokens: Sequence[str]) -> list[str]:
+    """Write the short forms of settings out, when the command takes a recipe's settings."""
+    if not tokens or tokens[0] not in RECIPE_COMMANDS:
+        return list(tokens)
+    return [
+        "=".join((SHORT_FORMS.get(flag, flag), *rest))
+        for flag, *rest in (token.split("=", 1) for token in tokens)
+    ]
+
+
+def set_thread_waiting(environment: "os._Environ[str] | dict[str, str]") -> None:
+    """Let waiting threads sleep, before torch starts any; with spinning ones, a shared machine runs 20 times slower.
+
+    A user who set either variable keeps it.
+    """
+    if "OMP_WAIT_POLICY" not in environment and "GOMP_SPINCOUNT" not in environment:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def parse_error_sentence(error: cyclopts.CycloptsError) -> str:
+    """Word what could not be parsed in one sentence."""
+    from pydantic import ValidationError
+
+    from mmpeft.config import Recipe, error_sentence
+
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        return error_sentence(Recipe, cause)
+    return " ".join(str(error).split())
+
+
+def _complaint(sentence: str) -> int:
+    print(f"mmpeft: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
