@@ -50,6 +50,8 @@ class BaseSettings(Settings):
 
     name: str = "pocket"
     """pocket, a folder, a .safetensors file, or a hub name"""
+    backbone: str = "stable_diffusion"
+    """family of models that it belongs to"""
     config: Path | None = None
     """folder with the model's configuration, for a single-file base without a hub"""
     attention: Literal["auto", "sdpa", "xformers", "flash", "sliced", "eager"] = "auto"
@@ -71,6 +73,8 @@ class ComponentSettings(Settings):
 
     train: bool = True
     """whether this component learns"""
+    targets: tuple[str, ...] | None = None
+    """its own target groups or patterns; none takes method.targets"""
     learning_rate: float | None = Field(None, gt=0)
     """its own peak learning rate; none takes train.learning_rate"""
     stop_after: float = Field(1.0, gt=0, le=1)
@@ -111,6 +115,11 @@ class TrainSettings(Settings):
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """where the curves go besides the run's own files"""
 
+    @property
+    def step_size(self) -> int:
+        """Samples of a full optimiser step, over accumulation and processes."""
+        return self.batch_size * self.accumulate * self.processes
+
 
 class ValidationSettings(Settings):
     """The loss on held-out samples, at fixed timesteps and noise."""
@@ -150,6 +159,8 @@ class Recipe(Settings):
     """every random draw derives from it"""
     init_from: Path | None = None
     """start from this adapter instead of from nothing"""
+    cache: Path | None = None
+    """folder for latents and text embeddings, which several runs may share; none keeps them in the run's folder"""
     base: BaseSettings = BaseSettings()
     data: SerializeAsAny[PluginSettings]
     method: SerializeAsAny[PluginSettings]

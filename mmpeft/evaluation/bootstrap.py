@@ -1,37 +1,41 @@
 """Intervals for means of few samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 
 def interval(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     *,
-    statistic: Callable[[np.ndarray], float] | None = None,
+    groups: Sequence[Hashable] | None = None,
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Give the percentile bootstrap interval of a statistic, the mean by default.
+    """Give the percentile bootstrap interval of a mean.
 
-    Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; 2,000 resamples, seeded. A share of 0 or 1 has no
-    spread to resample: Hanley and Lippman-Hand's rule of three then bounds it (1983, "If Nothing Goes Wrong, Is
-    Everything All Right?").
+    Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; 2,000 resamples, seeded. Samples that belong
+    together (one caption drawn from several seeds) are resampled together, since they vary together. A share of
+    0 or 1 has no spread to resample: the rule of three then bounds it (Hanley and Lippman-Hand 1983, "If Nothing Goes
+    Wrong, Is Everything All Right?"), with the number of groups as its count.
 
     Args:
         values: one number a sample, at least one.
-        statistic: maps an index array into `values` to a number; the mean of those values by default.
+        groups: of each sample what it belongs to; each sample by itself when left out.
         level: share of resamples inside.
         seed: of the resampling.
     """
     numbers = np.asarray(values, dtype=np.float64)
-    measure = statistic or (lambda chosen: float(numbers[chosen].mean()))
-    count = len(numbers)
+    labels = list(range(len(numbers))) if groups is None else list(groups)
+    index = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    of = np.array([index[label] for label in labels])
+    sums, sizes = np.bincount(of, numbers), np.bincount(of)
     random = np.random.default_rng(seed)
-    resampled = [measure(random.integers(0, count, count)) for _ in range(2000)]
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    if statistic is None and set(numbers.tolist()) <= {0.0, 1.0}:
-        bound = min(1.0, -np.log(1 - level) / count)
+    chosen = random.integers(0, len(sums), (2000, len(sums)))
+    means = sums[chosen].sum(1) / sizes[chosen].sum(1)
+    low, high = (float(bound) for bound in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    if set(numbers.tolist()) <= {0.0, 1.0}:
+        bound = min(1.0, float(-np.log(1 - level)) / len(sums))
         low = 1 - bound if numbers.all() else low
         high = bound if not numbers.any() else high
-    return round(float(low), 4), round(float(high), 4)
+    return round(low, 4), round(high, 4)
