@@ -15,16 +15,17 @@ def interval(
     """Give the percentile bootstrap interval of a mean.
 
     Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; 2,000 resamples, seeded. Samples that belong
-    together (one caption drawn from several seeds) are resampled together, since they vary together. A share of
-    0 or 1 has no spread to resample: the rule of three then bounds it (Hanley and Lippman-Hand 1983, "If Nothing Goes
+    together (one caption drawn from several seeds) are resampled together, since they vary together. A share
+    of 0 or 1 has no spread to resample: the rule of three then bounds it (Hanley and Lippman-Hand 1983, "If Nothing Goes
     Wrong, Is Everything All Right?"), with the number of groups as its count.
 
     Args:
-        values: one number a sample, at least one.
+        values: one number a sample, at least one; booleans for a share.
         groups: of each sample what it belongs to; each sample by itself when left out.
         level: share of resamples inside.
         seed: of the resampling.
     """
+    is_share = np.asarray(values).dtype == bool
     numbers = np.asarray(values, dtype=np.float64)
     labels = list(range(len(numbers))) if groups is None else list(groups)
     index = {label: place for place, label in enumerate(dict.fromkeys(labels))}
@@ -34,7 +35,7 @@ def interval(
     chosen = random.integers(0, len(sums), (2000, len(sums)))
     means = sums[chosen].sum(1) / sizes[chosen].sum(1)
     low, high = (float(bound) for bound in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
-    if set(numbers.tolist()) <= {0.0, 1.0}:
+    if is_share:
         bound = min(1.0, float(-np.log(1 - level)) / len(sums))
         low = 1 - bound if numbers.all() else low
         high = bound if not numbers.any() else high

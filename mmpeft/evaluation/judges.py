@@ -6,6 +6,7 @@ They come with the pocket base (weights in mmpeft/pocket/judges) and are only go
 import json
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class Judge(nn.Module):
         super().__init__()
         stages: list[nn.Module] = []
         widths = (3, 32, 64, 128, 192)
-        for inside, outside in zip(widths, widths[1:], strict=False):
+        for inside, outside in pairwise(widths):
             stages += [nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.BatchNorm2d(outside), nn.SiLU()]
             stages += [
                 nn.Conv2d(outside, outside, 3, padding=1, groups=8),
