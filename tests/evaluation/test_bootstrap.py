@@ -9,14 +9,9 @@ numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=40)
 
 
 @given(numbers)
-def test_interval_lies_within_the_values_and_holds_the_mean_loosely(values):
+def test_interval_lies_within_the_values(values):
     low, high = interval(values)
-    assert (
-        min(min(values), 0 if set(values) <= {0.0, 1.0} else 100) - 1e-3
-        <= low
-        <= high
-        <= max(max(values), 1) + 1e-3
-    )
+    assert min(values) - 1e-3 <= low <= high <= max(values) + 1e-3
 
 
 def test_interval_agrees_with_the_normal_approximation_for_many_samples():
@@ -35,8 +30,8 @@ def test_samples_of_one_group_count_as_one():
 
 
 def test_a_share_without_spread_is_bounded_by_the_rule_of_three():
-    assert interval([1] * 64) == (pytest.approx(1 - 3 / 64, abs=1e-3), 1.0)
-    assert interval([0] * 64) == (0.0, pytest.approx(3 / 64, abs=1e-3))
+    assert interval([True] * 64) == (pytest.approx(1 - 3 / 64, abs=1e-3), 1.0)
+    assert interval([False] * 64) == (0.0, pytest.approx(3 / 64, abs=1e-3))
 
 
 def test_the_same_values_give_the_same_interval():
