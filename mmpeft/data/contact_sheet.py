@@ -8,14 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 from mmpeft.data.buckets import Bucket
 from mmpeft.data.image_folder import ImageFolder
 from mmpeft.data.pictures import fit
-
-_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+from mmpeft.picture_grid import FRAME, GREY, INK, PAPER, enlarged, shortened, wrapped
 
 _VIEW = 192
 _GAP = 16
 _COLUMNS = 8
 _CAPTION_LINES = 3
-_PAPER, _INK, _GREY, _FRAME = "#fafafa", "#1c1c1c", "#7a7a7a", "#d8d8d8"
 
 
 def contact_sheet(
@@ -50,19 +48,18 @@ def contact_sheet(
     chosen = range(total) if total <= limit else [place * total // limit for place in range(limit)]
     columns = min(_COLUMNS, len(chosen))
     small, plain, bold = (ImageFont.load_default(size) for size in (11, 13, 18))
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    texts = {place: _wrap(measure, captions[place] or "(no text)", _VIEW, plain) for place in chosen}
+    texts = {place: wrapped(captions[place] or "(no text)", _VIEW, plain, _CAPTION_LINES) for place in chosen}
     cell_width = _VIEW + _GAP
     cell_height = _VIEW + 22 + 17 * max(map(len, texts.values())) + _GAP + 4
     width = max(columns * cell_width + _GAP, 480)
     top = 60
-    sheet = Image.new("RGB", (width, top + -(-len(chosen) // columns) * cell_height), _PAPER)
+    sheet = Image.new("RGB", (width, top + -(-len(chosen) // columns) * cell_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     shown = (
         f"all {total} images" if len(chosen) == total else f"{len(chosen)} of {total} images, evenly chosen"
     )
-    draw.text((_GAP, 12), "What the model sees and reads", _INK, bold)
-    draw.text((_GAP, 36), shown, _GREY, plain)
+    draw.text((_GAP, 12), "What the model sees and reads", INK, bold)
+    draw.text((_GAP, 36), shown, GREY, plain)
     for cell, place in enumerate(chosen):
         x = _GAP + cell % columns * cell_width
         y = top + cell // columns * cell_height
@@ -71,52 +68,20 @@ def contact_sheet(
         # On the cell's ground line, so that the captions of a row stand at one height.
         left, upper = x + (_VIEW - view.width) // 2, y + _VIEW - view.height
         sheet.paste(view, (left, upper))
-        draw.rectangle((left - 1, upper - 1, left + view.width, upper + view.height), outline=_FRAME)
+        draw.rectangle((left - 1, upper - 1, left + view.width, upper + view.height), outline=FRAME)
         record = folder.records[place]
         size = f"{bucket}  "
-        draw.text((x, y + _VIEW + 6), size, _INK, small)
+        draw.text((x, y + _VIEW + 6), size, INK, small)
         name_x = x + draw.textlength(size, small)
-        draw.text(
-            (name_x, y + _VIEW + 6), _shorten(draw, record.name, x + _VIEW - name_x, small), _GREY, small
-        )
+        draw.text((name_x, y + _VIEW + 6), shortened(record.name, x + _VIEW - name_x, small), GREY, small)
         for number, line in enumerate(texts[place]):
-            draw.text((x, y + _VIEW + 22 + number * 17), line, _INK if captions[place] else _GREY, plain)
+            draw.text((x, y + _VIEW + 22 + number * 17), line, INK if captions[place] else GREY, plain)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
     return len(chosen)
 
 
 def _view(crop: Image.Image) -> Image.Image:
-    enlarged = _VIEW // max(crop.size)
-    if enlarged >= 1:
-        return crop.resize((crop.width * enlarged, crop.height * enlarged), Image.Resampling.NEAREST)
-    view = crop.copy()
+    view = enlarged(crop, _VIEW)
     view.thumbnail((_VIEW, _VIEW), Image.Resampling.LANCZOS)
     return view
-
-
-def _shorten(draw: ImageDraw.ImageDraw, text: str, width: float, font: _Font) -> str:
-    """Leave out the middle of a text until it is no wider than so many pixels."""
-    kept = text
-    while draw.textlength(kept, font) > width and len(kept) > 3:
-        half = (len(kept) - 2) // 2
-        kept = f"{text[:half]}…{text[-half:]}" if half else "…"
-    return kept
-
-
-def _wrap(draw: ImageDraw.ImageDraw, text: str, width: float, font: _Font) -> list[str]:
-    """Break a text into lines of at most so many pixels; what needs too many lines ends in dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(_shorten(draw, word, width, font))
-    lines = [line for line in lines if line]
-    if len(lines) > _CAPTION_LINES:
-        last = lines[_CAPTION_LINES - 1]
-        while draw.textlength(f"{last} …", font) > width:
-            last = last[:-1]
-        lines[_CAPTION_LINES - 1 :] = [f"{last} …"]
-    return lines
