@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpeft.data.findings import Finding
+from mmpeft.data.findings import Finding, Level
 
 SIDECARS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -166,7 +166,8 @@ def _read_tables(
                     findings.append(Finding("warning", name, message, "caption"))
                 elif not isinstance(caption, str):
                     message = f"{where} has no caption in a column called {' or '.join(_CAPTION_COLUMNS)}"
-                    findings.append(Finding("error", name, message, "caption"))
+                    level: Level = "warning" if caption is None else "error"
+                    findings.append(Finding(level, name, message, "caption"))
                 else:
                     candidates[image].append((name, _plain(caption)))
         except (ValueError, csv.Error) as error:

@@ -189,7 +189,7 @@ def _duplicates(records: Sequence[ImageRecord]) -> Iterator[Finding]:
     for first, second in near_duplicates(distinct):
         alike[second].append(first)
     for second, earlier in alike.items():
-        more = f" and {len(earlier) - 1} others" if len(earlier) > 1 else ""
+        more = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
         message = (
             f"looks nearly the same as {distinct[earlier[0]].name}{more}; the model sees it that much oftener"
         )
