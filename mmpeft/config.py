@@ -202,6 +202,17 @@ class Recipe(Settings):
         """Flatten to {"train.steps": 1000, ...} with JSON values; to compare two recipes or to print one."""
         return dict(_flat(self.model_dump(mode="json")))
 
+    def public(self, instead: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the dotted recipe without what belongs to the user's machine and data: no path, no caption.
+
+        Args:
+            instead: setting -> what stands for it, a digest or a plain name.
+        """
+        private = {key for key, value in _flat(self.model_dump()) if isinstance(value, Path)} | {
+            "data.caption"
+        }
+        return {key: value for key, value in self.dotted().items() if key not in private} | dict(instead)
+
 
 def flags_type(chosen: Mapping[str, str]) -> type[Settings]:
     """Derive the type behind the command line's flags: a recipe in which every setting may be left out.

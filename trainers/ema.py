@@ -39,6 +39,10 @@ class MovingAverage:
         finally:
             self._fill(kept)
 
+    def settle(self) -> None:
+        """Put the averages where the parameters are, for good: the model is then what was saved."""
+        self._fill(self.averages)
+
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():

@@ -274,6 +274,8 @@ class _Loop:
             if last or stopped or self.progress.step % self.settings.checkpoint_every == 0:
                 self._save_checkpoint()
         self._save("adapter")
+        if self.average is not None:
+            self.average.settle()
 
     def close(self) -> None:
         """Leave parameters without gradients, and the tracker ended."""

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from mmpeft.backbones.pocket import image_folder, judges_folder
+from mmpeft.data.pictures import open_image
 from mmpeft.evaluation.judges import STYLES, PocketJudges, pixels_of
 from mmpeft.evaluation.style import score_style
 
@@ -16,9 +17,8 @@ def judges():
 
 def real(style: str) -> tuple[list[Image.Image], list[str]]:
     files = sorted((image_folder(style) / "held_out").glob("*.png"))
-    return [Image.open(file).convert("RGB") for file in files], [
-        f.with_suffix(".txt").read_text().strip() for f in files
-    ]
+    pictures = [open_image(file) for file in files]
+    return pictures, [f.with_suffix(".txt").read_text().strip() for f in files]
 
 
 def test_judges_name_real_pictures_rightly(judges):

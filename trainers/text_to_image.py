@@ -1,0 +1,247 @@
+"""What the loop needs to know about training on images with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
+from mmpeft.backbones.base import ImageBackbone
+from mmpeft.config import PreviewSettings
+from mmpeft.data.buckets import Bucket, choose_bucket, crop_offset, is_flipped, make_buckets
+from mmpeft.data.captions import final_caption
+from mmpeft.data.image_folder import ImageFolder
+from mmpeft.data.pictures import fit, pixels
+from mmpeft.data.tensor_cache import TensorCache, latent_key, text_key
+from mmpeft.diffusion.denoise import Denoise, ImageBatch
+from mmpeft.methods.base import Method
+from mmpeft.trainers.loop import ParameterGroup
+
+Samples = Sequence[tuple[int, int]]
+"""(position in the optimiser step, sample index) of each sample of a micro-batch"""
+
+
+class CaptionedImages:
+    """The samples of an image folder, as the backbone is fed with them; what frozen models make of them is cached."""
+
+    def __init__(
+        self, folder: ImageFolder, backbone: ImageBackbone, cache: TensorCache, *, seed: int, clip_skip: int
+    ) -> None:
+        settings = folder.settings
+        self.folder = folder
+        self.buckets = make_buckets(
+            settings.resolution or backbone.resolution, backbone.size_multiple, settings.max_aspect
+        )
+        self._backbone = backbone
+        self._cache = cache
+        self._seed = seed
+        self._clip_skip = clip_skip
+        # Few captions and small latents: what was read once stays in memory, bounded.
+        self._posterior_of = lru_cache(maxsize=4096)(self._cached_posterior)
+        self._embedding_of = lru_cache(maxsize=4096)(self._cached_embedding)
+
+    def bucket(self, sample: int) -> Bucket:
+        """Give the size at which a sample is trained on."""
+        return choose_bucket(self.folder.records[self.folder.samples[sample]].size, self.buckets)
+
+    def caption(self, sample: int, epoch: int, *, trigger: bool = True, dropout: bool = True) -> str:
+        """Say what the model reads for a sample at a visit; without trigger, what the frozen base would be asked."""
+        return self._final(self.folder.samples[sample], sample, epoch, trigger=trigger, dropout=dropout)
+
+    def captions(self) -> list[str]:
+        """Say for each record what the model reads at the first visit, without dropout."""
+        return [self._final(place, place, 0, dropout=False) for place in range(len(self.folder.records))]
+
+    def _final(self, place: int, sample: int, epoch: int, *, trigger: bool = True, dropout: bool) -> str:
+        settings = self.folder.settings
+        return final_caption(
+            self.folder.records[place].caption,
+            trigger=settings.trigger if trigger else None,
+            trigger_position=settings.trigger_position,
+            dropout=settings.caption_dropout if dropout else 0.0,
+            shuffle_tags=settings.shuffle_tags,
+            keep_tags=settings.keep_tags,
+            seed=self._seed,
+            epoch=epoch,
+            index=sample,
+        )
+
+    def posteriors(self, samples: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
+        """Give the latents' mean and log-variance of samples of one bucket, each (B, C, h, w), float32."""
+        found = [self._posterior(sample, epoch) for sample in samples]
+        mean, log_variance = zip(*found, strict=True)
+        return torch.stack(mean), torch.stack(log_variance)
+
+    def conditioning(self, captions: Sequence[str], *, cached: bool = True) -> dict[str, Tensor]:
+        """Encode final captions; not cached while the text encoder learns."""
+        if not cached:
+            return self._backbone.encode_text(captions)
+        found = [self._embedding_of(caption) for caption in captions]
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}
+
+    def _posterior(self, sample: int, epoch: int) -> tuple[Tensor, Tensor]:
+        settings = self.folder.settings
+        place, bucket = self.folder.samples[sample], self.bucket(sample)
+        flip = settings.flip and is_flipped(self._seed, epoch, sample)
+        if settings.crop == "random":
+            return self._encode(place, bucket, *crop_offset(self._seed, epoch, sample), flip)
+        return self._posterior_of(place, bucket, flip)
+
+    def _cached_posterior(self, place: int, bucket: Bucket, flip: bool) -> tuple[Tensor, Tensor]:
+        def make() -> dict[str, Tensor]:
+            mean, log_variance = self._encode(place, bucket, 0.5, 0.5, flip)
+            return {"mean": mean, "log_variance": log_variance}
+
+        digest = self.folder.records[place].digest
+        key = latent_key(digest, bucket, 0.5, 0.5, flip, self._backbone.vae_fingerprint)
+        found = self._cache.get(key, make)
+        return found["mean"], found["log_variance"]
+
+    @torch.no_grad()
+    def _encode(
+        self, place: int, bucket: Bucket, left: float, top: float, flip: bool
+    ) -> tuple[Tensor, Tensor]:
+        picture = fit(self.folder.picture(place), bucket.width, bucket.height, left, top)
+        if flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        # One at a time: the numbers must not depend on what else happened to be missing in the cache.
+        mean, log_variance = self._backbone.encode_image(pixels(picture)[None])
+        return mean[0].cpu(), log_variance[0].cpu()
+
+    def _cached_embedding(self, caption: str) -> dict[str, Tensor]:
+        @torch.no_grad()
+        def make() -> dict[str, Tensor]:
+            return {
+                name: tensor[0].contiguous() for name, tensor in self._backbone.encode_text([caption]).items()
+            }
+
+        # The backbone's text fingerprint covers the tokenizer.
+        key = text_key(caption, "", self._backbone.text_fingerprint, self._clip_skip)
+        return self._cache.get(key, make)
+
+
+class TextToImage:
+    """The loop's task: a method on an image backbone learns a folder of captioned images."""
+
+    def __init__(
+        self,
+        backbone: ImageBackbone,
+        methods: Mapping[str, Method],
+        objective: Denoise,
+        images: CaptionedImages,
+        *,
+        parameter_groups: Sequence[ParameterGroup],
+        seed: int,
+        card: AdapterCard,
+        held_out: CaptionedImages | None = None,
+        preview: PreviewSettings | None = None,
+    ) -> None:
+        self.groups = [images.bucket(sample) for sample in range(len(images.folder.samples))]
+        self.parameter_groups = parameter_groups
+        self._backbone = backbone
+        self._methods = methods
+        self._objective = objective
+        self._images = images
+        self._seed = seed
+        self._card = card
+        self._held_out = held_out
+        self._preview = preview or PreviewSettings()
+        self._text_learns = any(name.startswith("text_encoder") for name in methods)
+
+    def loss(self, samples: Samples, *, step: int, epoch: int, step_size: int) -> tuple[Tensor, int]:
+        """Compute the loss sum and the sample count of a micro-batch."""
+        indices = [index for _, index in samples]
+        mean, log_variance = self._images.posteriors(indices, epoch)
+        captions = [self._images.caption(index, epoch) for index in indices]
+        batch = ImageBatch(
+            mean=mean,
+            log_variance=log_variance,
+            conditioning=self._images.conditioning(captions, cached=not self._text_learns),
+            positions=tuple(position for position, _ in samples),
+            step_size=step_size,
+        )
+        return self._objective.loss(self._backbone, batch, seed=self._seed, step=step)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Count the numbers that learn."""
+        return sum(p.numel() for group in self.parameter_groups for p in group.parameters.values())
+
+    def some_captions(self, count: int) -> list[str]:
+        """Give up to `count` different captions as the model reads them, without dropout."""
+        return list(dict.fromkeys(self._images.captions()))[:count]
+
+    def sample_names(self, indices: Sequence[int]) -> list[str]:
+        """Name the files of samples."""
+        return [self._images.folder.records[self._images.folder.samples[index]].name for index in indices]
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Compute the mean loss on the held-out images at fixed timesteps and noise; None without any."""
+        if self._held_out is None:
+            return None
+        total, count = 0.0, 0
+        for sample in range(len(self._held_out.folder.samples)):
+            mean, log_variance = self._held_out.posteriors([sample], epoch=0)
+            caption = self._held_out.caption(sample, 0, dropout=False)
+            batch = ImageBatch(
+                mean=mean,
+                log_variance=log_variance,
+                conditioning=self._held_out.conditioning([caption], cached=not self._text_learns),
+                positions=(sample,),
+                step_size=len(self._held_out.folder.samples),
+            )
+            loss, samples = self._objective.validation_loss(self._backbone, batch, seed=self._seed)
+            total, count = total + float(loss), count + samples
+        return total / count
+
+    def preview(self, step: int, folder: Path) -> None:
+        """Draw the preview prompts, each with its own seed and size, as PNG files in their order."""
+        for place, wanted in enumerate(self._preview.prompts):
+            (picture,) = self._backbone.generate(
+                [wanted.prompt],
+                negative_prompts=[wanted.negative_prompt],
+                seeds=[wanted.seed],
+                steps=self._preview.steps,
+                guidance=self._preview.guidance,
+                width=wanted.width,
+                height=wanted.height,
+            )
+            picture.save(folder / f"{place}.png")
+
+    def adapter(self, *, step: int, metrics: Mapping[str, float]) -> Adapter:
+        """Copy the trained state out, with its card."""
+        layers: dict[str, LayerAdapter] = {}
+        for component, method in self._methods.items():
+            state = method.layer_adapters(self._backbone.components[component])
+            layers |= {f"{component}.{name}": layer for name, layer in state.items()}
+        card = AdapterCard(**{**vars(self._card), "steps": step, "metrics": dict(metrics)})
+        return Adapter(layers, card)
+
+    def save(self, folder: Path, *, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the adapter folder."""
+        self.adapter(step=step, metrics=metrics).save(folder)
+
+
+def learning_parameters(
+    methods: Mapping[str, Method],
+    models: Mapping[str, nn.Module],
+    *,
+    learning_rate: Mapping[str, float],
+    stop_after: Mapping[str, float],
+) -> list[ParameterGroup]:
+    """Collect the trainable parameters, a group a component."""
+    return [
+        ParameterGroup(
+            name=component,
+            parameters=method.parameters(models[component]),
+            learning_rate=learning_rate[component],
+            stop_after=stop_after[component],
+        )
+        for component, method in methods.items()
+    ]
