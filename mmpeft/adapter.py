@@ -26,11 +26,18 @@ class LayerAdapter(ABC):
     """
 
     method: ClassVar[str]
+    needs_weight: ClassVar[bool] = False
+    """whether `delta` depends on the base's weight"""
 
     @property
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The method's tensors by the names that PEFT gives them ("lora_A", "lora_B", ...)."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it changes: (out, in) or (out, in, kh, kw)."""
 
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Delta:

@@ -105,3 +105,42 @@ def tiny_sd_epsilon_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sd-epsilon"
     tiny_stable_diffusion("epsilon").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def attach_randomly():
+    """A function that attaches a method to a pipeline's components, fills it with seeded numbers, and gives the adapter.
+
+    The pipeline is left with the method attached, as after training.
+    """
+    from mmpeft import plugins
+    from mmpeft.adapter import Adapter
+    from mmpeft.injection import find_targets
+
+    def attach(
+        pipeline,
+        method="lora",
+        seed=0,
+        card=None,
+        unet=("*attn*.to_*", "*.conv1", "*.time_emb_proj"),
+        **settings,
+    ):
+        targets = {"unet": unet, "text_encoder": settings.pop("text_encoder", ("*.q_proj", "*.fc1"))}
+        layers = {}
+        generator = torch.Generator().manual_seed(seed)
+        method_type = plugins.get("method", method)
+        for component, patterns in targets.items():
+            if not patterns:
+                continue
+            model = getattr(pipeline, component)
+            chosen = method_type(method_type.settings_type(**settings))
+            chosen.attach(model, find_targets(component, model, {}, patterns))
+            with torch.no_grad():
+                for name, parameter in chosen.parameters(model).items():
+                    is_magnitude = name.endswith("magnitude_vector")
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(parameter * (1 + 0.2 * noise) if is_magnitude else 0.3 * noise)
+            layers |= {f"{component}.{name}": layer for name, layer in chosen.layer_adapters(model).items()}
+        return Adapter(layers, card)
+
+    return attach

@@ -68,3 +68,8 @@ class Method(ABC):
     @abstractmethod
     def detach(self, model: nn.Module) -> None:
         """Leave the model as it was found."""
+
+    @property
+    def unused_patterns(self) -> frozenset[str]:
+        """Patterns in the settings that named none of the layers attached so far; in vain if no component uses them."""
+        return frozenset()

@@ -1,0 +1,128 @@
+"""diffusers' files: all components in one, "unet.<layer>.lora_A.weight", settings in the header.
+
+The header key `lora_adapter_metadata` is a JSON object of LoraConfig fields with the component in front ("unet.r").
+Without it diffusers takes alpha = rank. Older names that are read: `lora.down`/`lora.up` and `lora_linear_layer.*`
+(down is A), and attention processors' `processor.to_q_lora.*`, which in text encoders stand for `q_proj`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mmpeft.adapter import LayerAdapter
+from mmpeft.errors import FormatError
+from mmpeft.injection import COMPONENTS
+from mmpeft.key_formats import peft
+
+SETTINGS_KEY = "lora_adapter_metadata"
+_COMPONENT = re.compile(rf"({'|'.join(sorted(COMPONENTS, reverse=True))})\.")
+_LEGACY_ENDINGS = {
+    ".lora.down.weight": "lora_A",
+    ".lora.up.weight": "lora_B",
+    ".lora_linear_layer.down.weight": "lora_A",
+    ".lora_linear_layer.up.weight": "lora_B",
+    ".alpha": "alpha",
+}
+_PROCESSOR = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+_UNET_PROCESSOR = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
+
+
+def is_ours(keys: Iterable[str]) -> bool:
+    """Tell whether keys look like diffusers' (with a component in front, or attention processors of a UNet)."""
+    return any(_split(key) is not None for key in keys)
+
+
+def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, LayerAdapter]:
+    """Turn a diffusers file into layer adapters by layer name with the component in front.
+
+    Args:
+        tensors: the file's tensors.
+        metadata: the file's header metadata.
+
+    Raises:
+        FormatError: a key that is none of LoRA's or DoRA's, broken settings, or factors that do not fit.
+    """
+    named: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = _split(key)
+        if split is None:
+            raise FormatError(f"{key!r} is no key of a LoRA or DoRA layer of diffusers")
+        component, layer, part = split
+        parts = named.setdefault((component, layer), {})
+        if part in parts:
+            raise FormatError(f"{component}.{layer} has its {part} twice, under two names")
+        parts[part] = tensor
+    settings = _settings(metadata)
+    layers: dict[str, LayerAdapter] = {}
+    for (component, layer), parts in named.items():
+        name = f"{component}.{layer}"
+        own = settings.get(component)
+        rank, alpha, rslora = peft.settings_of(own, layer) if own else (None, None, False)
+        if "alpha" in parts:
+            if own:
+                raise FormatError(f"{name} states its alpha twice, as a tensor and in the header")
+            alpha = float(parts["alpha"])
+        layers[name] = peft.layer_from(name, parts, rank, alpha, rslora)
+    return layers
+
+
+def write(components: Mapping[str, Mapping[str, LayerAdapter]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Turn layer adapters, by component and layer name, into a file's tensors and header metadata.
+
+    Raises:
+        MethodError: layers that diffusers cannot load.
+    """
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for component, layers in sorted(components.items()):
+        settings.update({f"{component}.{key}": value for key, value in peft.lora_config(layers).items()})
+        for layer, adapter in layers.items():
+            for part, tensor in adapter.tensors.items():
+                # transformers loads a magnitude only with ".weight", every diffusers version only without
+                bare = part == "lora_magnitude_vector" and not component.startswith("text_encoder")
+                tensors[f"{component}.{layer}.{part}{'' if bare else '.weight'}"] = tensor
+    return tensors, {"format": "pt", SETTINGS_KEY: json.dumps(settings, sort_keys=True)}
+
+
+def _split(key: str) -> tuple[str, str, str] | None:
+    """Take a key apart into (component, layer name on disk, our name of the tensor)."""
+    match = _COMPONENT.match(key)
+    if match:
+        component, rest = match[1], key[match.end() :]
+    elif _UNET_PROCESSOR.match(key) and _PROCESSOR.search(key):
+        component, rest = "unet", key
+    else:
+        return None
+    is_text = component.startswith("text_encoder")
+    if processor := _PROCESSOR.search(rest):
+        letter, side = processor.groups()
+        leaf = f"{letter}_proj" if is_text else "to_out.0" if letter == "out" else f"to_{letter}"
+        layer, part = f"{rest[: processor.start()]}.{leaf}", "lora_A" if side == "down" else "lora_B"
+    else:
+        endings = {**peft.ENDINGS, **_LEGACY_ENDINGS}
+        ending = next((ending for ending in endings if rest.endswith(ending)), None)
+        if ending is None:
+            return None
+        layer, part = rest.removesuffix(ending), endings[ending]
+    if is_text and re.match(r"encoder\.layers\.\d+\.", layer):
+        layer = f"text_model.{layer}"
+    return component, layer, part
+
+
+def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    if SETTINGS_KEY not in metadata:
+        return {}
+    try:
+        flat = json.loads(metadata[SETTINGS_KEY])
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            component, _, name = key.partition(".")
+            nested.setdefault(component, {})[name] = value
+        return nested
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise FormatError(f"the header's {SETTINGS_KEY} is no JSON object") from error

@@ -1,0 +1,213 @@
+"""PEFT's files: one component each, "base_model.model.<layer>.lora_A.weight", settings in adapter_config.json.
+
+Ranks and alphas per layer are regular expressions there, matched against the end of a layer's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mmpeft.adapter import LayerAdapter
+from mmpeft.errors import FormatError, MethodError
+from mmpeft.methods.dora import DoraLayer
+from mmpeft.methods.lora import LoraLayer
+
+PREFIX = "base_model.model."
+# The keys of a layer in PEFT's own naming, with ours.
+ENDINGS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+}
+# What a configuration may say that changes the effect in ways that lora_A and lora_B do not hold.
+_REFUSED = {
+    "bias": ("none", "it trains biases"),
+    "lora_bias": (False, "it has biases in lora_B"),
+    "modules_to_save": (None, "it replaces whole modules"),
+    "layer_replication": (None, "it replicates layers"),
+    "target_parameters": (None, "it adapts bare parameters"),
+    "trainable_token_indices": (None, "it trains embedding rows"),
+    "fan_in_fan_out": (False, "its base stores weights transposed"),
+}
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CLASSES = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
+_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
+
+
+def is_ours(keys: Iterable[str]) -> bool:
+    """Tell whether keys look like PEFT's."""
+    return any(key.startswith(PREFIX) for key in keys)
+
+
+def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LayerAdapter]:
+    """Turn a PEFT file into layer adapters, by the layer names in the file.
+
+    Args:
+        tensors: the weights file.
+        config: adapter_config.json.
+
+    Raises:
+        FormatError: another method, a setting that the factors do not hold, or keys that are none of LoRA's.
+    """
+    if config.get("peft_type") != "LORA":
+        raise FormatError(f"PEFT's {config.get('peft_type')} cannot be read; LORA (LoRA, rsLoRA, DoRA) can")
+    for name, (harmless, meaning) in _REFUSED.items():
+        if config.get(name, harmless) not in (harmless, None, [], {}):
+            raise FormatError(f"this PEFT adapter cannot be read: {meaning} ({name} = {config[name]!r})")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+        raise FormatError(
+            f"this PEFT adapter starts from {start}, which changes the base's weights; save it as plain LoRA first "
+            f"(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    named: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
+        if ending is None:
+            raise FormatError(f"{key!r} is no key of a LoRA or DoRA layer")
+        layer = key.removeprefix(PREFIX).removesuffix(ending)
+        named.setdefault(layer, {})[ENDINGS[ending]] = tensor
+    return {name: layer_from(name, parts, *settings_of(config, name)) for name, parts in named.items()}
+
+
+def write(component: str, layers: Mapping[str, LayerAdapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Turn one component's layer adapters into PEFT's tensors and configuration.
+
+    Keys are live names, as PEFT knows no others; of the component text_encoder those of transformers 5.
+
+    Raises:
+        MethodError: layers that PEFT's LoRA cannot hold in one adapter.
+    """
+    config = lora_config(layers)
+    tensors = {
+        f"{PREFIX}{live_of(name) if component == 'text_encoder' else name}.{part}"
+        f"{'' if part == 'lora_magnitude_vector' else '.weight'}": tensor
+        for name, layer in layers.items()
+        for part, tensor in layer.tensors.items()
+    }
+    return tensors, {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", **config}
+
+
+def lora_config(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
+    """State one component's ranks and alphas as the fewest LoraConfig fields, which old PEFT versions know too.
+
+    Patterns are whole names: anchored for a UNet or transformer, whose live names are those on disk; matched at the end
+    for CLIP, whose live names have `text_model.` in front or not by transformers' version.
+
+    Raises:
+        MethodError: another method than LoRA or DoRA, or both of them in one component.
+    """
+    lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
+    if strange := sorted({layer.method for layer in layers.values()} - {"lora", "dora"}):
+        raise MethodError(f"diffusers and PEFT load LoRA and DoRA; this adapter has {', '.join(strange)}")
+    if len({layer.method for layer in lora.values()}) > 1:
+        raise MethodError("LoRA and DoRA layers in one component cannot be loaded by diffusers or PEFT")
+    # One flag serves a whole component: where they differ, rsLoRA's factor goes into alpha.
+    rslora = all(layer.rslora for layer in lora.values())
+    alphas = {
+        n: layer.alpha if layer.rslora == rslora else layer.scale * layer.rank for n, layer in lora.items()
+    }
+    ranks = {name: layer.rank for name, layer in lora.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "target_modules": sorted(map(live_of, lora)),
+        "rank_pattern": {_pattern(name): value for name, value in sorted(ranks.items()) if value != rank},
+        "alpha_pattern": {
+            _pattern(name): _number(value) for name, value in sorted(alphas.items()) if value != alpha
+        },
+        "use_dora": any(layer.method == "dora" for layer in lora.values()),
+        "use_rslora": rslora,
+        "lora_bias": False,
+    }
+
+
+def settings_of(config: Mapping[str, Any], layer: str) -> tuple[int, float, bool]:
+    """Give (rank, alpha, rslora) of a layer from LoraConfig fields, as PEFT resolves them."""
+    rank = _resolve(config.get("rank_pattern") or {}, layer, config.get("r", 8))
+    alpha = _resolve(config.get("alpha_pattern") or {}, layer, config.get("lora_alpha", 8))
+    return int(rank), float(alpha), bool(config.get("use_rslora", False))
+
+
+def layer_from(
+    name: str, parts: Mapping[str, Tensor], rank: int | None, alpha: float | None, rslora: bool
+) -> LoraLayer:
+    """Build a layer adapter from its tensors.
+
+    Args:
+        rank: what the file's settings say, to be checked; None if they say nothing.
+        alpha: None if the file says nothing, which means alpha = rank.
+
+    Raises:
+        FormatError: a factor is missing, ranks differ, or shapes are none of a linear layer's or convolution's.
+    """
+    A, B, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    if A is None or B is None:
+        raise FormatError(f"{name} has no lora_{'A' if A is None else 'B'}")
+    is_linear = A.ndim == B.ndim == 2
+    is_conv = A.ndim == B.ndim == 4 and B.shape[2:] == (1, 1)
+    if not (is_linear or is_conv):
+        raise FormatError(
+            f"{name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, which make no layer"
+        )
+    if A.shape[0] != B.shape[1]:
+        raise FormatError(f"{name} has rank {A.shape[0]} in lora_A and {B.shape[1]} in lora_B")
+    if rank is not None and rank != A.shape[0]:
+        raise FormatError(f"{name} has rank {A.shape[0]}, but the file's settings say {rank}")
+    alpha = float(A.shape[0]) if alpha is None else alpha
+    if magnitude is None:
+        return LoraLayer(A, B, alpha, rslora)
+    expected = (B.shape[0],) if is_linear else (1, B.shape[0], 1, 1)
+    if tuple(magnitude.shape) != expected:
+        raise FormatError(
+            f"{name} has magnitudes {tuple(magnitude.shape)}; {expected} are needed, one per output"
+        )
+    return DoraLayer(A, B, alpha, rslora, lora_magnitude_vector=magnitude)
+
+
+def component_of(layers: Iterable[str], config: Mapping[str, Any]) -> str | None:
+    """Guess which component a PEFT file belongs to from its base's class, else from its layer names."""
+    known = _CLASSES.get((config.get("auto_mapping") or {}).get("base_model_class", ""))
+    if known:
+        return known
+    names = list(layers)
+    if names and all(name.startswith(_UNET_BLOCKS) for name in names):
+        return "unet"
+    if names and all(
+        re.match(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.", name) for name in names
+    ):
+        return "text_encoder"
+    return None
+
+
+def live_of(name: str) -> str:
+    """Give the name of a layer in today's module tree: transformers 5 has no `text_model.` in CLIPTextModel."""
+    return name.removeprefix("text_model.")
+
+
+def _pattern(name: str) -> str:
+    live = live_of(name)
+    return live if live != name else f"^{name}"
+
+
+def _resolve(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (layer, live_of(layer))):
+            return value
+    return default
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    # ties go to the smallest, so that equal adapters give equal files
+    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]))[0]
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

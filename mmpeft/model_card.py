@@ -1,0 +1,102 @@
+"""The page that people and the hub read about an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from mmpeft.adapter import Adapter
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def model_card(adapter: Adapter, files: Sequence[str] = ()) -> str:
+    """Write README.md: the hub's header, what the adapter is, how to use it, how it was made.
+
+    Args:
+        files: names of further files in the folder; pictures are shown.
+    """
+    card = adapter.card
+    is_image = any(component in adapter.components for component in ("unet", "transformer"))
+    parts = [
+        _header(adapter, is_image),
+        f"# {'Text-to-image' if is_image else 'Language'} adapter for {card.base or 'an unnamed base'}",
+        _summary(adapter),
+        _usage(adapter, is_image),
+    ]
+    if pictures := [name for name in files if name.lower().endswith(_PICTURES)]:
+        parts.append("## Pictures\n\n" + "\n".join(f"![{name}]({name})" for name in pictures))
+        parts += [_table(card.preview)] if card.preview else []
+    for title, values in (("Figures", card.metrics), ("Recipe", card.recipe), ("Made with", card.versions)):
+        if values:
+            parts.append(f"## {title}\n\n{_table(values)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(adapter: Adapter, is_image: bool) -> str:
+    card = adapter.card
+    methods = sorted({layer.method for layer in adapter.values()})
+    lines = [f"library_name: {'diffusers' if is_image else 'peft'}"]
+    if card.base.count("/") == 1:  # only hub names make a valid base_model
+        lines.append(f"base_model: {card.base}")
+    if is_image:
+        lines.append("pipeline_tag: text-to-image")
+    if card.trigger:
+        lines.append(f"instance_prompt: {json.dumps(card.trigger, ensure_ascii=False)}")
+    lines.append("tags:")
+    tags = [*methods, "mmpeft", *(["lora"] if methods == ["dora"] else [])]
+    tags += ["diffusers", "text-to-image", "diffusers-training"] if is_image else []
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def _summary(adapter: Adapter) -> str:
+    card = adapter.card
+    methods = Counter(layer.method for layer in adapter.values())
+    numbers = sum(tensor.numel() for layer in adapter.values() for tensor in layer.tensors.values())
+    lines = [
+        f"- method: {', '.join(f'{name} on {count} layers' for name, count in sorted(methods.items()))}",
+        f"- components: {', '.join(adapter.components)}",
+        f"- numbers: {numbers:,}",
+    ]
+    if card.trigger:
+        lines.append(f"- trigger: `{card.trigger}`: write it in the prompt")
+    if card.steps is not None:
+        lines.append(f"- steps: {card.steps}, seed {card.seed}")
+    if card.data_digest:
+        lines.append(f"- data: `{card.data_digest}`")
+    return "\n".join(lines)
+
+
+def _usage(adapter: Adapter, is_image: bool) -> str:
+    if not is_image:
+        component = adapter.components[0]
+        code = (
+            "from peft import PeftModel\n\n"
+            f'model = PeftModel.from_pretrained(model, "path/to/this/folder/peft/{component}")'
+        )
+        return f"## Use\n\n```python\n{code}\n```"
+    is_hub_name = adapter.card.base.count("/") == 1
+    base = json.dumps(adapter.card.base if is_hub_name else f"path/to/{adapter.card.base or 'the/base'}")
+    prompt = json.dumps(
+        f"a house, {adapter.card.trigger}" if adapter.card.trigger else "a house", ensure_ascii=False
+    )
+    code = (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({base})\n"
+        'pipe.load_lora_weights("path/to/this/folder")\n'
+        f"picture = pipe({prompt}).images[0]"
+    )
+    ours = (
+        "import mmpeft\n\n"
+        "bank = mmpeft.attach(pipe)\n"
+        'bank.load("path/to/this/folder", name="this")\n'
+        "bank.mix(this=0.8)"
+    )
+    return f"## Use\n\n```python\n{code}\n```\n\nTo mix it with others at chosen strengths:\n\n```python\n{ours}\n```"
+
+
+def _table(values: Any) -> str:
+    rows = [f"| {key} | {json.dumps(value, ensure_ascii=False)} |" for key, value in sorted(values.items())]
+    return "\n".join(["| | |", "|---|---|", *rows])
