@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import cyclopts
@@ -29,14 +30,23 @@ FUNCTIONS = {"train": "_train", "plan": "_plan", "plugins": "plugins_command"}
 def main() -> None:
     """Run the command line; errors that are ours are one line and exit with 2."""
     set_thread_waiting(os.environ)
+    quieten_libraries(os.environ)
     try:
         make_app(sys.argv[1:])(expanded(sys.argv[1:]), exit_on_error=False, print_error=False)
+        code = 0
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
     except MmpeftError as error:
-        sys.exit(_complaint(str(error)))
+        code = _complaint(str(error))
     except cyclopts.CycloptsError as error:
-        sys.exit(_complaint(parse_error_sentence(error)))
+        code = _complaint(parse_error_sentence(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if "RANK" in os.environ:
+        from mmpeft.trainers import launch
+
+        launch.leave(code)
+    sys.exit(code)
 
 
 def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
@@ -45,11 +55,20 @@ def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
         name="mmpeft",
         version=mmpeft.__version__,
         help="Train small adapters on big frozen models, and compose them exactly.",
+        # Markdown in help would load a parser that takes a third of the start.
+        help_format="plaintext",
+        # Lists are given or left out; no second flag empties them.
+        default_parameter=cyclopts.Parameter(negative_iterable=()),
     )
     if tokens[:1] and tokens[0] in RECIPE_COMMANDS:
         from mmpeft import commands
 
-        app.command(commands.recipe_command(tokens[0], expanded(tokens)), name=tokens[0])
+        shorts = ", ".join(f"{short} ({full})" for short, full in SHORT_FORMS.items() if "_" not in short)
+        app.command(
+            commands.recipe_command(tokens[0], expanded(tokens)),
+            name=tokens[0],
+            help_epilogue=f"Short forms: {shorts}.",
+        )
     for name, summary in (
         ("train", "Train an adapter from a folder of images or a recipe."),
         ("plan", "Look at data and cost before training: nothing is trained."),
@@ -83,6 +102,19 @@ def set_thread_waiting(environment: "os._Environ[str] | dict[str, str]") -> None
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def quieten_libraries(environment: "os._Environ[str] | dict[str, str]") -> None:
+    """Let the libraries below say errors only, and our own warnings be one line each.
+
+    What a user has set with TRANSFORMERS_VERBOSITY and its kin, or python -W, stays.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        environment.setdefault(name, "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="mmpeft")
+        warnings.showwarning = lambda message, *where: print(f"mmpeft: {message}", file=sys.stderr)
+
+
 def parse_error_sentence(error: cyclopts.CycloptsError) -> str:
     """Word what could not be parsed in one sentence."""
     from pydantic import ValidationError
@@ -96,7 +128,8 @@ def parse_error_sentence(error: cyclopts.CycloptsError) -> str:
 
 
 def _complaint(sentence: str) -> int:
-    print(f"mmpeft: {sentence}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    print(f"mmpeft{f' (process {rank})' if rank else ''}: {sentence}", file=sys.stderr)
     return 2
 
 

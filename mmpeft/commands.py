@@ -1,21 +1,23 @@
 """The commands: each calls one function of the library and prints what it returns."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
+from pydantic import create_model
 
 from mmpeft import plugins
-from mmpeft.config import PLUGIN_SECTIONS, Settings, flags_type, read_toml
+from mmpeft.config import PLUGIN_SECTIONS, BaseSettings, Settings, flags_type, read_toml
 from mmpeft.errors import ConfigError
 
 
 def recipe_command(verb: str, tokens: Sequence[str]) -> Callable[..., None]:
     """Make the train or plan command with the flags of the plugins that the command line chooses."""
-    chosen = {}
+    chosen: dict[str, str] = {}
     for section in PLUGIN_SECTIONS:
         for at, token in enumerate(tokens):
             if token.startswith(f"--{section}.name="):
@@ -28,8 +30,35 @@ def recipe_command(verb: str, tokens: Sequence[str]) -> Callable[..., None]:
                 if section in PLUGIN_SECTIONS and "name" in settings:
                     chosen.setdefault(section, settings["name"])
     command = _train if verb == "train" else _plan
-    command.__annotations__["flags"] = Annotated[flags_type(chosen) | None, Parameter(name="*")]
+    command.__annotations__["flags"] = Annotated[
+        _in_panels(flags_type(chosen), tokens) | None, Parameter(name="*")
+    ]
     return command
+
+
+def _in_panels(flags: type[Settings], tokens: Sequence[str]) -> type[Settings]:
+    """Give each section of the recipe a panel of its own in the help, and list all plugins of a section."""
+    if not {"--help", "-h"} & set(tokens):
+        return flags
+    fields: dict[str, Any] = {}
+    for place, (name, field) in enumerate(flags.model_fields.items()):
+        annotation: Any = field.annotation
+        if name in PLUGIN_SECTIONS:
+            kind = PLUGIN_SECTIONS[name][0]
+            choice = annotation.model_fields["name"]
+            says = f"which {kind}: {', '.join(plugins.names(kind))}; each has settings of its own"
+            literal: Any = choice.annotation
+            annotated: Any = Annotated[literal, Parameter(help=says, show_choices=False)]
+            annotation = create_model(
+                annotation.__name__,
+                __base__=annotation,
+                __module__=annotation.__module__,
+                name=(annotated, choice),
+            )
+        if name == "components" or (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            panel = Group(name.capitalize(), sort_key=place)
+            fields[name] = (Annotated[annotation, Parameter(group=panel)], field)
+    return create_model("Flags", __base__=flags, **fields)
 
 
 def _train(
@@ -58,17 +87,16 @@ def _train(
     from mmpeft.trainers.presets import resolve
 
     recipe = resolve(source, out=out, preset=preset, overrides=_given(flags))
-    if recipe.train.processes > 1 and not launch.is_rank():
-        sys.exit(launch.run_processes(sys.argv[1:], recipe.train.processes))
+    # torchrun and its kin, this launcher among them, number their processes.
+    rank = os.environ.get("RANK")
+    if recipe.train.processes > 1 and rank is None:
+        sys.exit(launch.run_processes(["-m", "mmpeft.cli", *sys.argv[1:]], recipe.train.processes))
     from mmpeft.trainers.training import train
 
     result = train(recipe, resume=resume)
-    if launch.is_main():
+    if not int(rank or 0):
         print(result.text())
-    if result.stopped_by:
-        sys.exit(128 + result.stopped_by)
-    if not result.verified:
-        sys.exit(1)
+    sys.exit(128 + result.stopped_by if result.stopped_by else 0 if result.verified else 1)
 
 
 def _plan(
@@ -105,18 +133,21 @@ def _plan(
 
 
 def generate(
-    prompts: Annotated[list[str], Parameter(negative="")],
+    prompts: tuple[str, ...],
     /,
     *,
     base: str = "pocket",
-    adapter: Annotated[list[str], Parameter(negative="")] = [],  # noqa: B006 - cyclopts reads it, nobody writes it
-    grid: Annotated[list[float], Parameter(negative="")] = [],  # noqa: B006
-    negative: str = "",
+    base_config: Path | None = None,
+    adapter: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
+    grid: Annotated[str, Parameter(show_default=False)] = "",
+    negative: Annotated[str, Parameter(show_default=False)] = "",
     seed: int = 0,
     steps: int = 20,
     guidance: float = 4.0,
     width: int | None = None,
     height: int | None = None,
+    attention: Literal["auto", "sdpa", "xformers", "flash", "sliced", "eager"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     out: Path = Path("generated.png"),
 ) -> None:
     """Draw pictures with adapters mixed at given weights.
@@ -127,23 +158,39 @@ def generate(
         One picture each.
     base:
         pocket, a folder, a .safetensors file, or a hub name.
+    base_config:
+        Folder with the model's configuration, for a single-file base without a hub.
     adapter:
         A folder or file, with its weight if it is not 1: --adapter runs/ink/adapter=0.8; may be given several times.
     grid:
-        Draw every prompt at each of these weights of the first adapter (and, with two adapters, of both).
+        Weights to compare, such as 0,0.5,1: of one adapter for every prompt, or of two adapters for one prompt.
     negative:
         What the pictures should not show.
     seed:
         Of the first picture; the next prompts take the next seeds.
-    """
+    steps:
+        Denoising steps.
+    guidance:
+        How closely to follow the prompt (classifier-free guidance); 1 is without.
+    width:
+        Pixels; the base's own when left out.
+    height:
+        Pixels; the base's own when left out.
+    attention:
+        Memory-efficient attention; auto takes the best that works here.
+    precision:
+        What the base computes in.
+    out:
+        The picture, or the sheet of pictures.
+    """  # noqa: D405, D411 - a parameter called attention is no section
     from mmpeft.generation import draw_grid
 
-    weights = [_path_and_weight(text) for text in adapter]
+    settings = BaseSettings(name=base, config=base_config, attention=attention, precision=precision)
     sheet = draw_grid(
         prompts,
-        adapters=weights,
-        base=base,
-        grid=grid,
+        adapters=[_path_and_weight(text) for text in adapter],
+        base=settings,
+        grid=_weights(grid),
         negative_prompt=negative,
         seed=seed,
         steps=steps,
@@ -210,6 +257,13 @@ def quickstart(*, out: Path = Path("runs/quickstart")) -> None:
 
 def _given(flags: Settings | None) -> dict[str, Any]:
     return flags.model_dump(exclude_unset=True) if flags else {}
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(weight) for weight in text.split(",") if weight.strip()]
+    except ValueError:
+        raise ConfigError(f"--grid {text}: must be numbers with commas between, such as 0,0.5,1") from None
 
 
 def _path_and_weight(text: str) -> tuple[Path, float]:

@@ -64,7 +64,7 @@ class BaseSettings(Settings):
     """keep convolution weights and images channels-last"""
     compile: bool = False
     """torch.compile the denoiser; pays after some thousand steps on a CPU"""
-    clip_skip: int = Field(0, ge=0)
+    clip_skip: int = Field(default=0, ge=0)
     """text encoder layers to leave off at the end; 0 uses all"""
 
 
