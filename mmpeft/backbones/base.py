@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
-from mmpeft.diffusion.noise_schedule import NoiseSchedule
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.config import BaseSettings
+from mmpeft.diffusion.noise_schedule import NoiseSchedule
 
 
 class Backbone(ABC):
@@ -22,6 +25,9 @@ class Backbone(ABC):
     """the component that learns when a recipe names none"""
     target_groups: ClassVar[Mapping[str, tuple[str, ...]]]
     """what a recipe may call a group of layers -> patterns on layer names on disk without the component"""
+
+    parameter_count: int
+    """parameters of the whole base"""
 
     @classmethod
     @abstractmethod
@@ -36,6 +42,17 @@ class Backbone(ABC):
     @abstractmethod
     def title(self) -> str:
         """The name to put on an adapter's card: a hub name or a plain name, never a path."""
+
+    @abstractmethod
+    def fingerprint(self, layers: Sequence[str]) -> Fingerprint:
+        """Sketch the base's own weights of some layers, without what adapters add.
+
+        Args:
+            layers: names on disk with the component in front.
+
+        Raises:
+            BaseError: the base has no such layer.
+        """
 
 
 class ImageBackbone(Backbone):
@@ -52,8 +69,12 @@ class ImageBackbone(Backbone):
     """digest of the text encoders' weights and the tokenizers' files"""
     token_limit: int
     """tokens that fit, without the begin and end marks"""
-    compute_dtype: Any
-    """torch dtype that the frozen model computes in"""
+    compute_dtype: torch.dtype
+    """what the frozen model computes in"""
+    device: torch.device
+    """where the models are"""
+    attention: str
+    """which attention is active, in one line"""
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +100,9 @@ class ImageBackbone(Backbone):
         """Run the denoiser.
 
         Args:
-            noisy: (B, C, h, w), float32.
-            timesteps: (B,), int64, 0..999.
-            conditioning: from `encode_text`.
+            noisy: (B, C, h, w), float32, on `device`.
+            timesteps: (B,), int64, 0..999, on `device`.
+            conditioning: from `encode_text`, on any device.
 
         Returns:
             (B, C, h, w), float32: epsilon or v, as `noise_schedule.prediction` says.
@@ -108,3 +129,7 @@ class ImageBackbone(Backbone):
     @abstractmethod
     def plain_pipeline(self) -> Any:
         """Load the base anew as a stock diffusers pipeline in float32, to check an artefact against."""
+
+    @abstractmethod
+    def exactly(self) -> AbstractContextManager[None]:
+        """Compute in float32 within a with block, to compare with `plain_pipeline`."""

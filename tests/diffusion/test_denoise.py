@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from mmpeft.backbones.stable_diffusion import StableDiffusion
+from mmpeft.config import BaseSettings
+from mmpeft.diffusion.denoise import Denoise, DenoiseSettings, ImageBatch
+from mmpeft.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_sd_folder):
+    return StableDiffusion.open(BaseSettings(name=str(tiny_sd_folder), precision="fp32"))
+
+
+@pytest.fixture(scope="module")
+def batch(backbone):
+    generator = torch.Generator().manual_seed(0)
+    mean, log_variance = torch.randn(2, 4, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        conditioning = backbone.encode_text(["a cat", "a red dog", "ink", ""])
+    return ImageBatch(mean, log_variance - 3, conditioning, (0, 1, 2, 3), 4)
+
+
+def part(batch, *positions):
+    index = list(positions)
+    conditioning = {name: tensor[index] for name, tensor in batch.conditioning.items()}
+    return ImageBatch(batch.mean[index], batch.log_variance[index], conditioning, positions, batch.step_size)
+
+
+class Recorder(StableDiffusion):
+    """The real backbone, which also keeps what it was asked."""
+
+    def predict(self, noisy, timesteps, conditioning):
+        self.asked.append((noisy, timesteps))
+        return super().predict(noisy, timesteps, conditioning)
+
+
+def asked(folder, objective, batches):
+    backbone = Recorder.open(BaseSettings(name=str(folder), precision="fp32"))
+    backbone.asked = []
+    total = sum(objective.loss(backbone, batch, seed=7, step=3)[0].item() for batch in batches)
+    noisy, timesteps = zip(*backbone.asked, strict=True)
+    return torch.cat(noisy), torch.cat(timesteps), total
+
+
+@pytest.mark.parametrize("splits", [[(0, 1), (2, 3)], [(0, 1, 2), (3,)], [(0, 2), (1, 3)]])
+def test_splitting_a_step_changes_no_draw(tiny_sd_folder, batch, splits):
+    objective = Denoise(DenoiseSettings(noise_offset=0.1))
+    noisy, timesteps, total = asked(tiny_sd_folder, objective, [batch])
+    parts = asked(tiny_sd_folder, objective, [part(batch, *positions) for positions in splits])
+    order = [position for positions in splits for position in positions]
+    assert torch.equal(parts[0], noisy[order])
+    assert torch.equal(parts[1], timesteps[order])
+    assert parts[2] == pytest.approx(total, rel=1e-5)  # float32 kernels may differ with the batch's size
+
+
+def test_seed_and_step_change_every_draw(backbone, batch):
+    objective = Denoise(DenoiseSettings())
+    losses = {objective.loss(backbone, batch, seed=s, step=n)[0].item() for s in (0, 1) for n in (0, 1)}
+    assert len(losses) == 4
+    again = objective.loss(backbone, batch, seed=0, step=0)
+    assert again[0].item() in losses
+    assert again[1] == 4
+
+
+def test_timesteps_of_a_step_are_stratified():
+    objective = Denoise(DenoiseSettings())
+    for step in range(5):
+        drawn = objective.draw_timesteps(range(10), 10, seed=0, step=step).sort().values
+        assert torch.equal(drawn // 100, torch.arange(10))
+
+
+def test_timesteps_stay_in_their_range_and_lean_to_noise():
+    objective = Denoise(DenoiseSettings(timesteps=(200, 599), noisy_share=0.75))
+    drawn = torch.cat([objective.draw_timesteps(range(8), 8, seed=0, step=step) for step in range(100)])
+    assert drawn.min() >= 200
+    assert drawn.max() <= 599
+    assert drawn.unique().numel() > 300
+    assert (drawn >= 400).float().mean().item() == pytest.approx(0.75, abs=1e-6)  # stratified: exactly 6 of 8
+
+
+def test_one_timestep_can_be_taught_alone():
+    objective = Denoise(DenoiseSettings(timesteps=(999, 999)))
+    assert objective.draw_timesteps(range(4), 4, seed=0, step=0).tolist() == [999] * 4
+
+
+def test_loss_of_a_perfect_prediction_is_zero(backbone, batch):
+    objective = Denoise(DenoiseSettings())
+    noise, timesteps = torch.ones_like(batch.mean), torch.tensor([1, 300, 600, 999])
+    noisy = backbone.noise_schedule.add_noise(batch.mean, noise, timesteps)
+    with torch.no_grad():
+        target = backbone.predict(noisy, timesteps, batch.conditioning)
+        losses = objective.sample_losses(
+            backbone, batch.mean, noise, timesteps, batch.conditioning, target=target
+        )
+        default = objective.sample_losses(backbone, batch.mean, noise, timesteps, batch.conditioning)
+    assert torch.equal(losses, torch.zeros(4))
+    expected = (
+        (target - backbone.noise_schedule.target(batch.mean, noise, timesteps)).square().mean((1, 2, 3))
+    )
+    torch.testing.assert_close(default, expected)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "snr_plus_one", "debiased"])
+def test_weighting_multiplies_each_samples_loss(backbone, batch, weighting):
+    noise, timesteps = torch.ones_like(batch.mean), torch.tensor([1, 300, 600, 999])
+    arguments = (backbone, batch.mean, noise, timesteps, batch.conditioning)
+    with torch.no_grad():
+        plain = Denoise(DenoiseSettings()).sample_losses(*arguments)
+        weighted = Denoise(DenoiseSettings(weighting=weighting, gamma=4)).sample_losses(*arguments)
+    snr = backbone.noise_schedule.snr(timesteps)
+    factor = {
+        "min_snr": snr.clamp(max=4) / (snr + 1),
+        "snr_plus_one": (snr + 1).clamp(max=4) / (snr + 1),
+        "debiased": snr / (snr + 1) / snr.clamp(min=1e-30, max=1000).sqrt(),
+    }[weighting]
+    torch.testing.assert_close(weighted, plain * factor)
+
+
+def test_huber_is_chosen_by_name(backbone, batch):
+    square = Denoise(DenoiseSettings()).loss(backbone, batch, seed=0, step=0)[0]
+    huber = Denoise(DenoiseSettings(loss="huber", huber_delta=0.1)).loss(backbone, batch, seed=0, step=0)[0]
+    assert 0 < huber.item() < square.item()
+
+
+def test_validation_is_the_same_every_time_and_does_not_depend_on_the_split(backbone, batch):
+    objective = Denoise(DenoiseSettings())
+    total, count = objective.validation_loss(backbone, batch, seed=1)
+    assert count == 4
+    assert torch.equal(total, objective.validation_loss(backbone, batch, seed=1)[0])
+    halves = [objective.validation_loss(backbone, part(batch, *p), seed=1)[0] for p in ((0, 1), (2, 3))]
+    torch.testing.assert_close(sum(halves), total)  # float32 sums
+    assert not total.requires_grad
+
+
+def test_training_lowers_the_loss(tiny_sd_folder, batch):
+    backbone = StableDiffusion.open(BaseSettings(name=str(tiny_sd_folder), precision="fp32"))
+    backbone.components["unet"].requires_grad_(True)
+    optimizer = torch.optim.AdamW(backbone.components["unet"].parameters(), lr=3e-3)
+    objective = Denoise(DenoiseSettings())
+    before = objective.validation_loss(backbone, batch, seed=0)[0].item()
+    for step in range(40):
+        total, count = objective.loss(backbone, batch, seed=0, step=step)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    assert objective.validation_loss(backbone, batch, seed=0)[0].item() < 0.9 * before
+
+
+def test_the_last_timestep_of_an_epsilon_base_can_be_taught_with_a_weight(tiny_sd_epsilon_folder, batch):
+    backbone = StableDiffusion.open(BaseSettings(name=str(tiny_sd_epsilon_folder), precision="fp32"))
+    objective = Denoise(DenoiseSettings(weighting="min_snr", timesteps=(999, 999)))
+    total, _ = objective.loss(backbone, batch, seed=0, step=0)
+    assert torch.isfinite(total)
+
+
+def test_a_timestep_that_the_base_lacks_is_refused(backbone, batch):
+    objective = Denoise(DenoiseSettings(timesteps=(1000, 1200)))
+    with pytest.raises(ConfigError, match="this base has timesteps 0 to 999; got 1"):
+        objective.loss(backbone, batch, seed=0, step=0)
+
+
+def test_a_range_that_runs_backwards_is_refused():
+    from mmpeft.config import Recipe
+
+    with pytest.raises(ConfigError, match="first and last, in this order"):
+        Recipe.build({"out": "x", "data": {"images": "y"}, "objective": {"timesteps": [500, 100]}})
