@@ -1,0 +1,138 @@
+"""Real training processes that are killed, asked to stop, or run out of space."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_task import content
+
+CHILD = Path(__file__).parent / "train_child.py"
+# Of the events at which a run can be killed, every how many-th is tried.
+EVERY = int(os.environ.get("MMPEFT_TEST_KILL_EVERY", "2"))
+RUN = {
+    "train": {
+        "steps": 6,
+        "batch_size": 2,
+        "accumulate": 2,
+        "ema": 0.9,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 2,
+        "schedule": "cosine",
+        "warmup_steps": 2,
+        "learning_rate": 0.01,
+    },
+    "task": {"dropout": 0.3, "stop_after": [0.5, 1.0]},
+    "validate_every": 2,
+    "preview_every": 4,
+}
+
+
+def start(told: dict, limit: float = 400) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        [sys.executable, CHILD, json.dumps(told)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
+
+
+def report(out: Path) -> dict:
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = start({**RUN, "out": str(out)})
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def assert_same_artefacts(out: Path, expected: Path) -> None:
+    for name in ("adapter", "best", "previews"):
+        assert content(out / name) == content(expected / name), f"{out}/{name}"
+    leftovers = [path for path in out.rglob(".*") if path.name != ".lock"]
+    assert not leftovers
+
+
+def test_the_same_seed_gives_the_same_bytes(uninterrupted: Path, tmp_path: Path):
+    again = start({**RUN, "out": str(tmp_path / "run")})
+    assert again.returncode == 0, again.stderr
+    assert_same_artefacts(tmp_path / "run", uninterrupted)
+
+
+def test_killed_anywhere_and_resumed_it_ends_byte_for_byte_as_if_never_killed(
+    uninterrupted: Path, tmp_path: Path
+):
+    events = report(uninterrupted)["events"]
+    assert events > 80  # otherwise the events are not being counted
+    chains = {f"at-{n}": [n] for n in range(1, events + 1, EVERY)}
+    done = start({**RUN, "out": str(tmp_path), "chains": chains})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for folder in chains:
+        assert_same_artefacts(tmp_path / folder, uninterrupted)
+
+
+def test_killed_again_and_again_it_still_ends_the_same(uninterrupted: Path, tmp_path: Path):
+    chains = {"a": [10, 35, 36, 20, 30, 15], "b": [70, 8, 8, 20], "c": [25] * 3}
+    done = start({**RUN, "out": str(tmp_path), "chains": chains})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for folder in chains:
+        assert_same_artefacts(tmp_path / folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    uninterrupted: Path, tmp_path: Path, number: int
+):
+    told = {**RUN, "out": str(tmp_path / "run")}
+    stopped = start({**told, "signals": {"4": [number]}})
+    assert stopped.returncode == 128 + number
+    assert report(tmp_path / "run")["steps"] == 5
+    assert (tmp_path / "run/checkpoints/step-000005").is_dir()
+    assert (tmp_path / "run/adapter/weights.safetensors").is_file()
+    resumed = start({**told, "resume": True})
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step-000005" in resumed.stderr
+    assert_same_artefacts(tmp_path / "run", uninterrupted)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path):
+    stopped = start({**RUN, "out": str(tmp_path / "run"), "signals": {"4": [signal.SIGINT, signal.SIGINT]}})
+    assert "KeyboardInterrupt" in stopped.stderr
+    assert not (tmp_path / "run/checkpoints/step-000005").exists()
+    assert (tmp_path / "run/checkpoints/step-000004").is_dir()
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stands(tmp_path: Path):
+    told = {**RUN, "out": str(tmp_path / "run")}
+    assert start({**told, "signals": {"3": [signal.SIGTERM]}}).returncode == 143
+    before = content(tmp_path / "run/checkpoints")
+    largest = max(len(data) for data in before.values())
+    full = start({**told, "resume": True, "file_size": largest - 1})
+    assert full.returncode == 2
+    assert "TrainingError: no space to save" in full.stderr
+    assert "bytes are needed" in full.stderr
+    assert "checkpoint step-000004 stands" in full.stderr
+    assert content(tmp_path / "run/checkpoints") == before
+    assert not list((tmp_path / "run").rglob(".unfinished*"))
+
+
+def test_a_full_disk_while_the_adapter_is_saved_leaves_the_old_adapter(tmp_path: Path):
+    told = {**RUN, "out": str(tmp_path / "run"), "validate_every": None}
+    assert start({**told, "signals": {"3": [signal.SIGTERM]}}).returncode == 143
+    assert start({**told, "resume": True}).returncode == 0
+    finished = content(tmp_path / "run/adapter")
+    weights = len(finished["weights.safetensors"])
+    # All checkpoints are written: the only thing left to do is to write the weights, which exceed the limit.
+    full = start({**told, "resume": True, "file_size": weights - 1})
+    assert full.returncode == 2, full.stderr
+    assert "checkpoint step-000006 stands" in full.stderr
+    assert content(tmp_path / "run/adapter") == finished
+    assert not list((tmp_path / "run").rglob(".unfinished*"))
