@@ -67,6 +67,10 @@ class ImageBackbone(Backbone):
     """digest of the VAE's weights and scaling"""
     text_fingerprint: str
     """digest of the text encoders' weights and the tokenizers' files"""
+    denoiser_fingerprint: str
+    """digest of the denoiser's own weights and of the type that it computes in"""
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of a square picture at `resolution`"""
     token_limit: int
     """tokens that fit, without the begin and end marks"""
     compute_dtype: torch.dtype

@@ -71,6 +71,8 @@ class StableDiffusion(ImageBackbone):
         vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self.size_multiple = vae_factor * 2 ** (len(self._unet.config.block_out_channels) - 1)
         self.resolution = int(self._unet.config.sample_size) * vae_factor
+        side = int(self._unet.config.sample_size)
+        self.latent_shape = (int(self._unet.config.in_channels), side, side)
         positions = self._text_encoder.config.max_position_embeddings
         self._text_length = min(self._tokenizer.model_max_length, positions)
         self.token_limit = self._text_length - 2
@@ -108,6 +110,7 @@ class StableDiffusion(ImageBackbone):
         # Kept by name before adapters rename layers; the tensors are the live ones.
         self._vae_weights = dict(self._vae.state_dict())
         self._text_weights = dict(self._text_encoder.state_dict())
+        self._unet_weights = dict(self._unet.state_dict())
 
     @classmethod
     def open(cls, settings: BaseSettings) -> Self:
@@ -138,6 +141,11 @@ class StableDiffusion(ImageBackbone):
         del tokenizer["padding"], tokenizer["truncation"]
         settings = [tokenizer, self._text_length, str(self._tokenizer.pad_token), str(self.compute_dtype)]
         return _digest(self._text_weights, json.dumps(settings, sort_keys=True))
+
+    @cached_property
+    def denoiser_fingerprint(self) -> str:  # type: ignore[override]
+        """Digest of the UNet's own weights, its prediction, and the type that is computed in."""
+        return _digest(self._unet_weights, f"{self.noise_schedule.prediction} {self.compute_dtype}")
 
     def fingerprint(self, layers: Sequence[str]) -> Fingerprint:
         """Sketch the base's own weights of some layers; see the contract."""

@@ -37,12 +37,12 @@ def latent_key(
         flip: whether the crop is mirrored left to right.
         vae_fingerprint: of the VAE's weights and of the precision it computes in.
     """
-    return _key("latent", image_digest, list(bucket), float(left), float(top), flip, vae_fingerprint)
+    return content_key("latent", image_digest, list(bucket), float(left), float(top), flip, vae_fingerprint)
 
 
 def text_key(caption: str, tokenizer_digest: str, encoder_fingerprint: str, clip_skip: int) -> str:
     """Name the text embedding of a final caption (after trigger, shuffle and dropout)."""
-    return _key("text", caption, tokenizer_digest, encoder_fingerprint, clip_skip)
+    return content_key("text", caption, tokenizer_digest, encoder_fingerprint, clip_skip)
 
 
 class TensorCache:
@@ -76,7 +76,8 @@ class TensorCache:
         return made
 
 
-def _key(*parts: object) -> str:
+def content_key(*parts: object) -> str:
+    """Name an entry by everything that it was made from, in JSON values."""
     return hashlib.blake2b(json.dumps([CODE_VERSION, *parts]).encode(), digest_size=20).hexdigest()
 
 

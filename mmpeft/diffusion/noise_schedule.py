@@ -108,6 +108,13 @@ class NoiseSchedule:
             return (noisy - sigma * prediction) / signal
         return signal * noisy - sigma * prediction
 
+    def noise_of(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Give the noise that a prediction for noisy latents stands for; shapes as in `add_noise`."""
+        if self.prediction == "epsilon":
+            return prediction
+        signal, sigma = self._shares(timesteps)
+        return sigma * noisy + signal * prediction
+
     def _shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod.to(timesteps.device)[timesteps][:, None, None, None]
         return abar.sqrt(), (1 - abar).sqrt()
