@@ -104,7 +104,7 @@ def load(path: str | Path, base: Any = None) -> Adapter:
         BaseMismatch: it does not fit `base`.
     """
     path = Path(path)
-    file = _weights_file(path)
+    file = weights_file(path)
     tensors, metadata = read_tensors(file)
     try:
         if peft.is_ours(tensors):
@@ -226,14 +226,20 @@ def _same_layer(ours: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return ours == weight or (len(ours) == 2 and weight[2:] == (1, 1) and ours == weight[:2])
 
 
-def _weights_file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """Find the file with the weights of an adapter's folder; a file is its own.
+
+    Raises:
+        AdapterError: there is nothing, or only a pickle.
+        FormatError: there is no adapter file, or several.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
         raise AdapterError(f"there is no adapter at {path}")
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     found = [name for name in names if name.endswith(".safetensors")]
-    for name in (WEIGHTS, PEFT_WEIGHTS, *(found if len(found) == 1 else ())):
+    for name in [WEIGHTS, PEFT_WEIGHTS] + (found if len(found) == 1 else []):
         if name in found:
             return path / name
     if found:
@@ -251,7 +257,8 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], base: Any) -> dict[str
         raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
     config = _read_json(config_file)
     layers = peft.read(tensors, config)
-    component = peft.component_of(layers, config)
+    in_native_folder = file.parent.parent.name == "peft" and file.parent.name in COMPONENTS
+    component = file.parent.name if in_native_folder else peft.component_of(layers, config)
     modules = modules_of(base) if base is not None else {}
     if component is None and len(modules) == 1:
         component = next(iter(modules))

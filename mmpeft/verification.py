@@ -87,7 +87,7 @@ def verify(
 
 @torch.no_grad()
 def predict(pipeline: Any, prompts: Sequence[str], seed: int = 0) -> Tensor:
-    """Run text encoder and denoiser of a Stable Diffusion pipeline, without guidance, at early, middle and late timesteps.
+    """Run text encoder and denoiser of a Stable Diffusion pipeline at early, middle and late timesteps, unguided.
 
     Args:
         prompts: one sample each, B of them.

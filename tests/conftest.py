@@ -109,7 +109,7 @@ def tiny_sd_epsilon_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def attach_randomly():
-    """A function that attaches a method to a pipeline's components, fills it with seeded numbers, and gives the adapter.
+    """A function that attaches a method to a pipeline, fills it with seeded numbers, and gives the adapter.
 
     The pipeline is left with the method attached, as after training.
     """

@@ -98,14 +98,14 @@ def test_a_pattern_with_a_component_in_front_speaks_of_that_component_alone(pipe
     assert all(n.endswith("to_q") for n in find_targets("unet", pipeline.unet, GROUPS, targets).values())
     text = find_targets("text_encoder", pipeline.text_encoder, GROUPS, targets)
     assert set(text.values()) == {f"text_model.encoder.layers.{i}.mlp.fc1" for i in (0, 1)}
-    with pytest.raises(MethodError, match="no target speaks of text_encoder"):
+    with pytest.raises(MethodError, match=r"no target speaks of text_encoder"):
         find_targets("text_encoder", pipeline.text_encoder, GROUPS, ["unet.*.to_q"])
 
 
 def test_a_target_that_matches_nothing_is_an_error_with_a_near_miss(pipeline):
     with pytest.raises(MethodError, match=r"'\*\.to_qq' matches no layer of unet; did you mean 'to_q'"):
         find_targets("unet", pipeline.unet, GROUPS, ["attention", "*.to_qq"])
-    with pytest.raises(MethodError, match="'atention' .* did you mean 'attention'"):
+    with pytest.raises(MethodError, match=r"'atention' .* did you mean 'attention'"):
         find_targets("unet", pipeline.unet, GROUPS, ["atention"])
 
 

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+
+from mmpeft.errors import FormatError
+from mmpeft.key_formats import diffusers
+from mmpeft.methods.dora import DoraLayer
+
+A, B = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)
+UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+TEXT = "text_model.encoder.layers.0.self_attn"
+
+# (keys of down/A and up/B, the layer that they mean)
+NAMES = {
+    "new": (f"unet.{UNET}.to_q.lora_A.weight", f"unet.{UNET}.to_q.lora_B.weight", f"unet.{UNET}.to_q"),
+    "lora.down": (
+        f"unet.{UNET}.to_out.0.lora.down.weight",
+        f"unet.{UNET}.to_out.0.lora.up.weight",
+        f"unet.{UNET}.to_out.0",
+    ),
+    "text linear layer": (
+        f"text_encoder.{TEXT}.q_proj.lora_linear_layer.down.weight",
+        f"text_encoder.{TEXT}.q_proj.lora_linear_layer.up.weight",
+        f"text_encoder.{TEXT}.q_proj",
+    ),
+    "text without its level": (
+        "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight",
+        "text_encoder.encoder.layers.0.mlp.fc1.lora_B.weight",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    ),
+    "processor": (
+        f"unet.{UNET}.processor.to_q_lora.down.weight",
+        f"unet.{UNET}.processor.to_q_lora.up.weight",
+        f"unet.{UNET}.to_q",
+    ),
+    "processor of the output": (
+        f"unet.{UNET}.processor.to_out_lora.down.weight",
+        f"unet.{UNET}.processor.to_out_lora.up.weight",
+        f"unet.{UNET}.to_out.0",
+    ),
+    "processor without a component": (
+        f"{UNET}.processor.to_v_lora.down.weight",
+        f"{UNET}.processor.to_v_lora.up.weight",
+        f"unet.{UNET}.to_v",
+    ),
+    "old text encoder": (
+        f"text_encoder.{TEXT}.to_out_lora.down.weight",
+        f"text_encoder.{TEXT}.to_out_lora.up.weight",
+        f"text_encoder.{TEXT}.out_proj",
+    ),
+    "second text encoder": (
+        f"text_encoder_2.{TEXT}.k_proj.lora_A.weight",
+        f"text_encoder_2.{TEXT}.k_proj.lora_B.weight",
+        f"text_encoder_2.{TEXT}.k_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_naming_is_read(kind):
+    down, up, layer = NAMES[kind]
+    assert diffusers.is_ours([down])
+    (name, found), *others = diffusers.read({down: A, up: B}, {}).items()
+    assert not others
+    assert name == layer
+    assert torch.equal(found.lora_A, A)
+    assert torch.equal(found.lora_B, B)
+    assert found.alpha == 2.0  # no settings: alpha = rank
+
+
+@pytest.mark.parametrize(
+    "kind", ["new", "lora.down", "processor", "processor of the output", "text linear layer"]
+)
+def test_our_reading_is_what_diffusers_computes(kind, tiny_sd_folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    down, up, layer = NAMES[kind]
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    component, _, rest = layer.partition(".")
+    module = getattr(pipe, component)
+    target = module.get_submodule(rest.removeprefix("text_model."))
+    before = target.weight.detach().clone()
+    A, B = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
+    save_file({down: A, up: B}, tmp_path / "old.safetensors")
+    pipe.load_lora_weights(str(tmp_path / "old.safetensors"))
+    pipe.fuse_lora()
+    ours = diffusers.read({down: A, up: B}, {})[layer].dense()
+    torch.testing.assert_close(target.weight - before, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_in_the_header_count():
+    settings = {
+        "unet.r": 8,
+        "unet.lora_alpha": 16,
+        "unet.rank_pattern": {"^a.b": 2, "c": 2},
+        "unet.alpha_pattern": {"^a.b": 5},
+        "unet.use_rslora": True,
+        "text_encoder.r": 2,
+        "text_encoder.lora_alpha": 3,
+    }
+    tensors = {}
+    for name in ("unet.a.b", "unet.x.c", "text_encoder.a"):
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    layers = diffusers.read(tensors, {"lora_adapter_metadata": json.dumps(settings)})
+    assert (layers["unet.a.b"].alpha, layers["unet.a.b"].rslora) == (5.0, True)
+    assert layers["unet.x.c"].alpha == 16.0
+    assert (layers["text_encoder.a"].alpha, layers["text_encoder.a"].rslora) == (3.0, False)
+
+
+def test_an_alpha_tensor_counts():
+    tensors = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, "unet.a.alpha": torch.tensor(7.0)}
+    assert diffusers.read(tensors, {})["unet.a"].alpha == 7.0
+    with pytest.raises(FormatError, match="alpha twice"):
+        diffusers.read(tensors, {"lora_adapter_metadata": json.dumps({"unet.r": 2})})
+
+
+@pytest.mark.parametrize("ending", ["", ".weight"])
+def test_magnitudes_are_read_with_and_without_their_ending(ending):
+    key = f"unet.a.lora_magnitude_vector{ending}"
+    layer = diffusers.read({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, key: torch.ones(4)}, {})[
+        "unet.a"
+    ]
+    assert isinstance(layer, DoraLayer)
+
+
+def test_magnitudes_are_written_as_each_loader_wants_them():
+    layer = DoraLayer(A, B, 2.0, lora_magnitude_vector=torch.ones(4))
+    tensors, _ = diffusers.write({"unet": {"a": layer}, "text_encoder": {"a": layer}})
+    assert "unet.a.lora_magnitude_vector" in tensors
+    assert "text_encoder.a.lora_magnitude_vector.weight" in tensors
+
+
+def test_strangers_keys_are_not_ours():
+    assert not diffusers.is_ours(
+        ["lora_unet_down_blocks_0.lora_down.weight", "base_model.model.a.lora_A.weight"]
+    )

@@ -1,0 +1,507 @@
+import hashlib
+import json
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import mmpeft.adapter_file as adapter_file
+from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
+from mmpeft.delta import Dense
+from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
+from mmpeft.methods.dora import DoraLayer
+from mmpeft.methods.lora import LoraLayer
+from mmpeft.verification import predict, verify
+
+KINDS = {
+    "alpha is twice the rank": ("lora", {"rank": 4, "alpha": 8.0}),
+    "ranks and alphas by layer": (
+        "lora",
+        {
+            "rank": 4,
+            "alpha": 3.0,
+            "rank_pattern": {"*attn1.to_q": 2, "*.fc1": 6},
+            "alpha_pattern": {"*.conv1": 5.5},
+        },
+    ),
+    "rsLoRA": ("lora", {"rank": 4, "alpha": 2.0, "rslora": True, "rank_pattern": {"*.to_k": 2}}),
+    "DoRA": ("dora", {"rank": 4, "alpha": 8.0, "rank_pattern": {"*.to_k": 2}}),
+}
+PROMPTS = ["a red cat", "a dog in ink"]
+
+
+@pytest.fixture
+def open_base(tiny_sd_folder):
+    return lambda: StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+
+
+@pytest.fixture
+def adapter():
+    generator = torch.Generator().manual_seed(0)
+    return Adapter(
+        {
+            "unet.mid.to_q": LoraLayer(
+                torch.randn(2, 4, generator=generator), torch.randn(3, 2, generator=generator), 2.0
+            ),
+            "unet.mid.conv": LoraLayer(
+                torch.randn(2, 4, 3, 3, generator=generator), torch.randn(3, 2, 1, 1), 1.5
+            ),
+        },
+        AdapterCard(
+            base="pocket",
+            trigger="ink style",
+            seed=3,
+            steps=10,
+            metrics={"loss": 0.5},
+            versions={"torch": "2"},
+        ),
+    )
+
+
+def same(one, other):
+    return one.layers == other.layers and all(
+        type(layer) is type(other[name])
+        and (layer.alpha, layer.rslora) == (other[name].alpha, other[name].rslora)
+        and all(
+            torch.equal(t, other[name].tensors[k]) and t.dtype == other[name].tensors[k].dtype
+            for k, t in layer.tensors.items()
+        )
+        for name, layer in one.items()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT on transformers 5
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_diffusers_and_plain_peft_compute_what_was_trained(kind, open_base, attach_randomly, tmp_path):
+    from peft import PeftModel
+
+    method, method_settings = KINDS[kind]
+    trained = open_base()
+    adapter = attach_randomly(trained, method, **method_settings)
+    expected = predict(trained, PROMPTS)
+    adapter.save(tmp_path / "a")
+
+    plain = open_base()
+    base = predict(plain, PROMPTS)
+    plain.load_lora_weights(str(tmp_path / "a"))
+    # the same float32 operations on the same numbers, rsLoRA's and DoRA's scales computed anew
+    torch.testing.assert_close(predict(plain, PROMPTS), expected, rtol=1e-5, atol=1e-6)
+    assert (expected - base).norm() > 0.1 * base.norm()
+
+    peft = open_base()
+    peft.unet = PeftModel.from_pretrained(peft.unet, tmp_path / "a/peft/unet")
+    peft.text_encoder = PeftModel.from_pretrained(peft.text_encoder, tmp_path / "a/peft/text_encoder")
+    torch.testing.assert_close(predict(peft, PROMPTS), expected, rtol=1e-5, atol=1e-6)
+
+    assert same(adapter_file.load(tmp_path / "a"), adapter)
+    whole = {
+        f"unet.{n}": layer
+        for n, layer in adapter_file.load(tmp_path / "a/peft/unet").component("unet").items()
+    }
+    text = adapter_file.load(tmp_path / "a/peft/text_encoder")
+    assert same(Adapter({**whole, **text}), adapter)
+
+
+def test_verification_passes_what_is_right_and_leaves_the_pipeline_plain(
+    open_base, attach_randomly, tmp_path
+):
+    trained, plain = open_base(), open_base()
+    folder = attach_randomly(trained, alpha=8.0, rank=4).save(tmp_path / "a")
+    before = predict(plain, PROMPTS)
+    report = verify(folder, plain, trained, prompts=PROMPTS)
+    assert report.is_ok
+    assert report.difference < 1e-4 * report.effect
+    assert report.sentence.startswith("verified")
+    assert torch.equal(predict(plain, PROMPTS), before)
+
+
+@pytest.mark.parametrize("fault", ["alpha", "text encoder", "nothing"])
+def test_verification_finds_what_is_wrong(fault, open_base, attach_randomly, tmp_path):
+    trained, plain = open_base(), open_base()
+    folder = attach_randomly(trained, alpha=8.0, rank=4).save(tmp_path / "a")
+    file = folder / adapter_file.WEIGHTS
+    tensors = load_file(file)
+    metadata = adapter_file.read_tensors(file)[1]
+    if fault == "alpha":
+        del metadata["lora_adapter_metadata"]  # diffusers then takes alpha = rank
+    elif fault == "text encoder":
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
+    else:
+        trained, tensors = open_base(), {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    save_file(tensors, file, metadata=metadata)
+    report = verify(folder, plain, lambda prompts, seed: predict(trained, prompts, seed), prompts=PROMPTS)
+    assert not report.is_ok
+    assert report.sentence.startswith("not verified")
+    assert ("learned nothing" in report.sentence) == (fault == "nothing")
+
+
+def test_the_bytes_depend_on_the_adapter_alone(adapter, tmp_path):
+    def digests(folder):
+        return {
+            str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in folder.rglob("*.*")
+            if f.is_file()
+        }
+
+    torch.save(
+        {name: dict(layer.tensors) | {"alpha": layer.alpha} for name, layer in adapter.items()},
+        tmp_path / "t.pt",
+    )
+    script = (
+        "import torch, sys; from mmpeft.adapter import *; from mmpeft.methods.lora import LoraLayer\n"
+        f"parts = torch.load({str(tmp_path / 't.pt')!r})\n"
+        "layers = {n: LoraLayer(**p) for n, p in reversed(parts.items())}\n"
+        "card = AdapterCard(base='pocket', trigger='ink style', seed=3, steps=10, metrics={'loss': 0.5},"
+        " versions={'torch': '2'})\n"
+        f"Adapter(layers, card).save({str(tmp_path / 'other')!r})"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env={"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    )
+    first = adapter.save(tmp_path / "first")
+    assert digests(first) == digests(tmp_path / "other")
+    assert set(digests(first)) == {
+        "pytorch_lora_weights.safetensors",
+        "adapter.json",
+        "README.md",
+        "peft/unet/adapter_config.json",
+        "peft/unet/adapter_model.safetensors",
+    }
+
+
+def test_the_safetensors_library_reads_what_is_written(adapter, tmp_path):
+    adapter.save(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / adapter_file.WEIGHTS)
+    assert torch.equal(tensors["unet.mid.conv.lora_A.weight"], adapter["unet.mid.conv"].lora_A)
+
+
+def test_the_card_comes_back_and_the_model_card_tells_it(adapter, tmp_path):
+    folder = adapter_file.save(adapter, tmp_path / "a", files={"preview/0.png": b"picture"})
+    assert adapter_file.load(folder).card == adapter.card
+    assert (folder / "preview/0.png").read_bytes() == b"picture"
+    page = (folder / "README.md").read_text()
+    for part in (
+        "library_name: diffusers",
+        'instance_prompt: "ink style"',
+        "load_lora_weights",
+        "preview/0.png",
+        "| loss | 0.5 |",
+    ):
+        assert part in page
+    assert "base_model" not in page  # "pocket" is no hub name
+    assert adapter_file.load(folder / "peft/unet").card == adapter.card
+
+
+def test_saving_replaces_an_adapter_but_nothing_else(adapter, tmp_path):
+    folder = adapter_file.save(adapter, tmp_path / "a", files={"old.png": b""})
+    adapter.save(folder)
+    assert not (folder / "old.png").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    with pytest.raises(AdapterError, match=r"holds something that is no adapter"):
+        adapter.save(tmp_path / "b")
+    assert [f.name for f in (tmp_path / "b").iterdir()] == ["thesis.txt"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_save_that_fails_leaves_the_old_adapter(adapter, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    folder = adapter.save(tmp_path / "a")
+    before = (folder / adapter_file.WEIGHTS).read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AdapterError, match=r"cannot write the adapter to .*No space left"):
+        Adapter({"unet.x": LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)}).save(folder)
+    assert (folder / adapter_file.WEIGHTS).read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_saved_is_refused(adapter, tmp_path):
+    class Strange(LayerAdapter):
+        method, tensors, shape = "strange", {"x": torch.ones(1)}, (1, 1)
+
+        def delta(self, weight=None):
+            return Dense(torch.ones(1, 1))
+
+    lora = adapter["unet.mid.to_q"]
+    nan = LoraLayer(lora.lora_A * float("nan"), lora.lora_B, 1.0)
+    dora = DoraLayer(lora.lora_A, lora.lora_B, 1.0, lora_magnitude_vector=torch.ones(3))
+    for layers, error, words in (
+        ({}, AdapterError, "empty"),
+        ({"unet.x": nan}, FormatError, r"unet.x has numbers that are not finite in lora_A \(100 %"),
+        ({"unet.x": Strange()}, MethodError, "this adapter has strange"),
+        ({"unet.x": lora, "unet.y": dora}, MethodError, "LoRA and DoRA layers in one component"),
+    ):
+        with pytest.raises(error, match=words):
+            Adapter(layers).save(tmp_path / "x")
+    with pytest.raises(AdapterError, match=r"outside"):
+        adapter_file.save(adapter, tmp_path / "x", files={"../y": b""})
+    with pytest.raises(AdapterError, match=r"README.md is a file of the adapter itself"):
+        adapter_file.save(adapter, tmp_path / "x", files={"README.md": b""})
+    assert list(tmp_path.iterdir()) == []
+
+
+layer_strategy = st.tuples(
+    st.integers(1, 4),
+    st.sampled_from([(3, 2), (2, 4, 3, 3), (4, 2, 1, 1)]),
+    st.floats(0.01, 100),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.dictionaries(
+        st.sampled_from(["a.b.1.c", "a.b.11.c", "c", "x.c", "to_q"]), layer_strategy, min_size=1
+    ),
+    component=st.sampled_from(["unet", "text_encoder", "transformer"]),
+    rslora=st.booleans(),
+    is_dora=st.booleans(),
+)
+def test_there_and_back_is_identity(parts, component, rslora, is_dora, tmp_path_factory):
+    generator = torch.Generator().manual_seed(len(parts))
+    layers = {}
+    for name, (rank, shape, alpha, _, dtype) in parts.items():
+        ones = (1,) * (len(shape) - 2)
+        A = torch.randn(rank, *shape[1:], generator=generator).to(dtype)
+        B = torch.randn(shape[0], rank, *ones, generator=generator).to(dtype)
+        magnitude = torch.rand((1, shape[0], *ones) if ones else (shape[0],), generator=generator).to(dtype)
+        more = {"lora_magnitude_vector": magnitude} if is_dora else {}
+        layers[f"{component}.{name}"] = (DoraLayer if is_dora else LoraLayer)(A, B, alpha, rslora, **more)
+    folder = tmp_path_factory.mktemp("there") / "a"
+    assert same(adapter_file.load(Adapter(layers).save(folder)), Adapter(layers))
+    shutil.rmtree(folder.parent)
+
+
+def test_layers_with_and_without_rslora_keep_their_effect(tmp_path):
+    A, B = torch.ones(4, 2), torch.ones(3, 4)
+    adapter = Adapter({"unet.a": LoraLayer(A, B, 2.0, rslora=True), "unet.b": LoraLayer(A, B, 2.0)})
+    loaded = adapter_file.load(adapter.save(tmp_path / "a"))
+    for name, layer in adapter.items():
+        torch.testing.assert_close(loaded[name].dense(), layer.dense())
+
+
+def good_file(folder):
+    file = folder / "x.safetensors"
+    save_file({"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(4, 2)}, file)
+    return file
+
+
+def raw(folder, header, data=b"", claim=None):
+    file = folder / "x.safetensors"
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if claim is None else claim) + text + data)
+    return file
+
+
+def truncated(folder):
+    file = good_file(folder)
+    file.write_bytes(file.read_bytes()[:-10])
+    return file
+
+
+def zipped(folder):
+    with zipfile.ZipFile(folder / "x.safetensors", "w") as archive:
+        archive.writestr("data.pkl", b"x" * 100)
+    return folder / "x.safetensors"
+
+
+def pickled(folder, name="x.safetensors"):
+    (folder / name).write_bytes(pickle.dumps({"unet.a.lora_A.weight": [1.0] * 100}, protocol=2))
+    return folder / name
+
+
+def torch_saved(folder):
+    torch.save({"a": torch.ones(3)}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def saved(tensors, metadata=None):
+    def write(folder):
+        save_file({key: t.clone() for key, t in tensors.items()}, folder / "x.safetensors", metadata=metadata)
+        return folder / "x.safetensors"
+
+    return write
+
+
+A, B = torch.ones(2, 3), torch.ones(4, 2)
+PAIR = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B}
+BROKEN = {
+    "missing": (lambda folder: folder / "nothing", AdapterError, "there is no adapter at"),
+    "empty folder": (lambda folder: folder, FormatError, "no .safetensors file; it has nothing"),
+    "empty file": (
+        lambda folder: raw(folder, b"", claim=0).write_bytes(b"") or folder / "x.safetensors",
+        FormatError,
+        "is empty",
+    ),
+    "a few bytes": (
+        lambda folder: (folder / "x.safetensors").write_bytes(b"abc") and folder / "x.safetensors",
+        FormatError,
+        "truncated|no safetensors",
+    ),
+    "truncated": (truncated, FormatError, "truncated: its tensors need 56 bytes, 46 are there"),
+    "header of 100 GB": (
+        lambda folder: raw(folder, {}, claim=100 * 10**9),
+        FormatError,
+        "header claims 100,000,000,000 bytes",
+    ),
+    "header no JSON": (lambda folder: raw(folder, b"{not json"), FormatError, "no valid JSON table"),
+    "header no table": (lambda folder: raw(folder, b"[1, 2, 3]"), FormatError, "no valid JSON table"),
+    "header deep": (lambda folder: raw(folder, b"[" * 100_000), FormatError, "no valid JSON table"),
+    "sizes disagree": (
+        lambda folder: raw(
+            folder, {"a": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4]}}, b"1234"
+        ),
+        FormatError,
+        "contradicts itself about 'a'",
+    ),
+    "unknown type": (
+        lambda folder: raw(folder, {"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        FormatError,
+        "'a' has type Q4",
+    ),
+    "overlapping": (
+        lambda folder: raw(
+            folder, {k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"12345678"
+        ),
+        FormatError,
+        "no valid safetensors file",
+    ),
+    "no tensors": (
+        lambda folder: raw(folder, {"__metadata__": {"format": "pt"}}),
+        FormatError,
+        "holds no tensors",
+    ),
+    "zip": (zipped, AdapterError, "a pickle under another name"),
+    "torch.save": (torch_saved, AdapterError, "a pickle under another name"),
+    "bare pickle": (pickled, AdapterError, "a pickle under another name"),
+    "pickle by name": (
+        lambda folder: pickled(folder, "x.bin"),
+        AdapterError,
+        "x.bin is a pickle, which can run code",
+    ),
+    "folder with a pickle": (
+        lambda folder: pickled(folder, "a.ckpt").parent,
+        AdapterError,
+        "has only a.ckpt, a pickle",
+    ),
+    "NaN": (
+        saved({**PAIR, "unet.a.lora_A.weight": A * float("nan")}),
+        FormatError,
+        r"unet.a has numbers that are not finite in lora_A \(100 %",
+    ),
+    "ranks differ": (
+        saved({**PAIR, "unet.a.lora_B.weight": torch.ones(4, 3)}),
+        FormatError,
+        "unet.a has rank 2 in lora_A and 3 in lora_B",
+    ),
+    "half a layer": (saved({"unet.a.lora_A.weight": A}), FormatError, "unet.a has no lora_B"),
+    "odd shapes": (
+        saved({**PAIR, "unet.a.lora_A.weight": torch.ones(2, 3, 3)}),
+        FormatError,
+        "which make no layer",
+    ),
+    "magnitude": (
+        saved({**PAIR, "unet.a.lora_magnitude_vector": torch.ones(3)}),
+        FormatError,
+        r"magnitudes \(3,\); \(4,\) are needed",
+    ),
+    "unknown key": (
+        saved({**PAIR, "unet.a.hada_w1_a": A}),
+        FormatError,
+        "'unet.a.hada_w1_a' is no key of a LoRA",
+    ),
+    "bias": (saved({**PAIR, "unet.a.lora_B.bias": A}), FormatError, "'unet.a.lora_B.bias' is no key"),
+    "two tools mixed": (
+        saved({**PAIR, "lora_unet_a.lora_down.weight": A}),
+        FormatError,
+        "'lora_unet_a.lora_down.weight' is no key",
+    ),
+    "one part twice": (
+        saved({**PAIR, "unet.a.lora.down.weight": A}),
+        FormatError,
+        "unet.a has its lora_A twice",
+    ),
+    "kohya": (
+        saved({"lora_unet_a.lora_down.weight": A, "lora_unet_a.lora_up.weight": B}),
+        FormatError,
+        "look like kohya's",
+    ),
+    "no component": (saved({"a.lora_A.weight": A, "a.lora_B.weight": B}), FormatError, "without a component"),
+    "whole model": (saved({"model.diffusion_model.x": A}), FormatError, "a whole model's"),
+    "strangers": (saved({"hello": A}), FormatError, "no adapter's .first 'hello'"),
+    "settings no JSON": (
+        saved(PAIR, {"lora_adapter_metadata": "{"}),
+        FormatError,
+        "lora_adapter_metadata is no JSON object",
+    ),
+    "settings of another rank": (
+        saved(PAIR, {"lora_adapter_metadata": '{"unet.r": 7}'}),
+        FormatError,
+        "rank 2, but the file's settings say 7",
+    ),
+    "peft without settings": (
+        saved({f"base_model.model.{k[5:]}": t for k, t in PAIR.items()}),
+        FormatError,
+        "needs adapter_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_files_give_one_clear_sentence(kind, tmp_path):
+    make, error, words = BROKEN[kind]
+    path = make(tmp_path)
+    with pytest.raises(error, match=words) as caught:
+        adapter_file.load(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_with_several_files_is_not_guessed_at(tmp_path):
+    for name in ("a", "b"):
+        save_file(PAIR, tmp_path / f"{name}.safetensors")
+    with pytest.raises(FormatError, match=r"name one of a.safetensors, b.safetensors"):
+        adapter_file.load(tmp_path)
+
+
+def test_a_broken_card_is_told(adapter, tmp_path):
+    folder = adapter.save(tmp_path / "a")
+    (folder / "adapter.json").write_text("{")
+    with pytest.raises(FormatError, match=r"adapter.json is no JSON"):
+        adapter_file.load(folder)
+
+
+def test_a_base_that_does_not_fit_is_told(open_base, attach_randomly, adapter, tmp_path):
+    base = open_base()
+    with pytest.raises(
+        BaseMismatch,
+        match=r"_weights.safetensors was trained on pocket .* 0 of 2 layers match; there is no unet.mid.conv",
+    ):
+        adapter_file.load(adapter.save(tmp_path / "a"), base=base)
+    fitting = attach_randomly(base, rank=2).save(tmp_path / "b")
+    fresh = open_base()
+    assert adapter_file.load(fitting, base=fresh).components == ("text_encoder", "unet")
+    with pytest.raises(BaseMismatch, match=r"of .* layers match; there is no text_encoder"):
+        adapter_file.load(fitting, base=fresh.unet)
+
+
+def test_a_folder_can_be_the_base(tiny_sd_folder, adapter, tmp_path):
+    folder = adapter.save(tmp_path / "a")
+    with pytest.raises(BaseMismatch, match=r"unet .UNet2DConditionModel."):
+        adapter_file.load(folder, base=tiny_sd_folder)
