@@ -55,7 +55,7 @@ class StableDiffusion(ImageBackbone):
     }
 
     def __init__(self, pipeline: Any, settings: BaseSettings) -> None:
-        """Freeze a float32 StableDiffusionPipeline and set it up as the settings say.
+        """Freeze a StableDiffusionPipeline and set it up as the settings say.
 
         Raises:
             ConfigError: the precision, attention or clip skip that is asked for cannot be had.
@@ -83,10 +83,11 @@ class StableDiffusion(ImageBackbone):
             )
         models = {**self.components, "vae": self._vae}
         self.parameter_count = sum(p.numel() for model in models.values() for p in model.parameters())
-        self._stored_half: list[nn.Parameter] = []
-        if self.compute_dtype != torch.float32 and self._unet.num_parameters() > _STORE_HALF_ABOVE:
-            self._stored_half = _matrices(self._unet, self._text_encoder)
-            _cast(self._stored_half, self.compute_dtype)
+        store_half = self.compute_dtype != torch.float32 and self._unet.num_parameters() > _STORE_HALF_ABOVE
+        self._stored_half = _matrices(self._unet, self._text_encoder) if store_half else []
+        _cast(self._stored_half, self.compute_dtype)
+        stored = {id(parameter) for parameter in self._stored_half}
+        _cast([p for m in models.values() for p in m.parameters() if id(p) not in stored], torch.float32)
         layout = torch.channels_last if settings.channels_last else torch.preserve_format
         for model in models.values():
             model.requires_grad_(False).eval().to(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,7 +175,10 @@ def _quiet() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # What the libraries deprecate in each other is nothing that a user could change.
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for library, (verbosity, bar) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
