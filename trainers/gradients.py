@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmpeft.errors import TrainingError
-from mmpeft.trainers.optimizers import ParameterGroup
+from mmpeft.trainers.task import ParameterGroup
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

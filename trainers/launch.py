@@ -16,9 +16,6 @@ from mmpeft.errors import ConfigError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-GRACE_SECONDS = 20.0
-"""how long the other processes have to end once one of them failed"""
-
 
 def prepare_threads(processes: int = 1) -> None:
     """Set how torch's threads wait and how many there are; a variable that the user set stays. Call before torch loads.
@@ -31,7 +28,7 @@ def prepare_threads(processes: int = 1) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
 
 
-def run_processes(arguments: Sequence[str], processes: int) -> int:
+def run_processes(arguments: Sequence[str], processes: int, *, grace: float = 20.0) -> int:
     """Run `python <arguments>` in several processes that find each other through torch.distributed, and wait for them.
 
     Each gets RANK, WORLD_SIZE and their kin in its environment, as under torchrun. Ctrl-C and SIGTERM go to all
@@ -40,6 +37,7 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
 
     Args:
         arguments: after the interpreter's name: ["-m", "mmpeft.cli", "train", ...].
+        grace: seconds that the others have to end by themselves once one of them failed.
 
     Returns:
         0, or the exit code of the first process that failed (128 + the signal's number for one that a signal ended).
@@ -66,7 +64,7 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
                         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                     )
                 )
-            return _wait(ranks)
+            return _wait(ranks, grace)
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -111,20 +109,20 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace: float) -> int:
     while True:
         codes = [process.poll() for process in ranks]
         failed = next((code for code in codes if code), None)
         if failed is not None:
-            _end(ranks)
+            _end(ranks, grace)
             return failed if failed > 0 else 128 - failed
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + GRACE_SECONDS
+def _end(ranks: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    deadline = time.monotonic() + grace
     # Ranks that stop for the same reason (a signal, a non-finite loss) end by themselves a moment later.
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(0.05)

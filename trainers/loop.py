@@ -7,14 +7,13 @@ resumed ends byte for byte like one that was not, on the same machine with the s
 import math
 import signal
 import sys
-import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,10 @@ from mmpeft.trainers import checkpoint, learning_rate, optimizers
 from mmpeft.trainers.ema import MovingAverage
 from mmpeft.trainers.gradients import StepGradient, StepTotal
 from mmpeft.trainers.launch import accelerator as open_accelerator
-from mmpeft.trainers.optimizers import ParameterGroup as ParameterGroup
 from mmpeft.trainers.recipe_changes import changes, require_resumable
+from mmpeft.trainers.stopping import StopRequest
+from mmpeft.trainers.task import ParameterGroup as ParameterGroup
+from mmpeft.trainers.task import Task
 from mmpeft.trainers.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -40,42 +41,6 @@ _LOSS_SMOOTHING = 0.02
 _OVERFIT_LOOKS = 3
 # File names of a batch that fit into an error.
 _NAMES_SHOWN = 16
-
-
-class Task(Protocol):
-    """What is trained, as far as the loop needs to know it."""
-
-    @property
-    def groups(self) -> Sequence[Hashable]:
-        """The bucket of every training sample, repeats expanded."""
-
-    @property
-    def parameter_groups(self) -> Sequence[ParameterGroup]:
-        """What learns."""
-
-    def loss(
-        self, samples: Sequence[tuple[int, int]], *, step: int, epoch: int, step_size: int
-    ) -> tuple[Tensor, int]:
-        """Compute a micro-batch's loss sum, a differentiable scalar, and its count of samples, tokens or pairs.
-
-        Args:
-            samples: (position in the step, sample) of each; draws are keyed by them, so that no split changes them.
-            step: from 0.
-            epoch: from 0.
-            step_size: samples of a full step.
-        """
-
-    def sample_names(self, indices: Sequence[int]) -> list[str]:
-        """Name the files of samples, for an error."""
-
-    def validate(self) -> float | None:
-        """Measure the loss on held-out samples, at fixed draws; none without any."""
-
-    def preview(self, step: int, folder: Path) -> None:
-        """Draw the preview pictures into a folder, as png; the folder is there."""
-
-    def save(self, folder: Path, *, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the adapter into an empty folder; the same parameters and metrics give the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +128,7 @@ def train(
     with (
         checkpoint.claim(out) if first else nullcontext(),
         checkpoint.clear_disk_errors(out / "checkpoints", size),
-        _StopRequest() as stop,
+        StopRequest(silent=not first) as stop,
     ):
         loop = _Loop(task, settings, seed, out, recipe, validate_every, preview_every, accelerator, stop)
         try:
@@ -202,7 +167,7 @@ class _Loop:
         validate_every: int | None,
         preview_every: int | None,
         accelerator: "Accelerator",
-        stop: "_StopRequest",
+        stop: StopRequest,
     ) -> None:
         if accelerator.num_processes != settings.processes:
             raise ConfigError(
@@ -488,34 +453,6 @@ class _Loop:
         if self.tracking is None:
             raise RuntimeError("begin() comes before run()")
         return self.tracking
-
-
-class _StopRequest:
-    """Notes SIGTERM and Ctrl-C within a with block; a second Ctrl-C interrupts at once. For the main thread only."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        return self.number is not None
-
-    def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
-        print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -3,33 +3,15 @@
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mmpeft.config import TrainSettings
 from mmpeft.errors import ConfigError, MissingDependency, TrainingError
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that learn at one rate, and for how long."""
-
-    name: str
-    """of the component, as the recipe says it"""
-    parameters: Mapping[str, nn.Parameter]
-    """float32, by names that are unique within the group and the same in every run"""
-    learning_rate: float
-    """at the peak of the schedule"""
-    stop_after: float = 1.0
-    """share of the run's steps after which it stays as it is, in (0, 1]"""
-
-    def learns_at(self, step: int, steps: int) -> bool:
-        """Say whether a step, counted from 0, of a run of `steps` still changes it; the first step always does."""
-        return step < max(1, round(self.stop_after * steps))
+from mmpeft.trainers.task import ParameterGroup
 
 
 def build(settings: TrainSettings, groups: Sequence[ParameterGroup]) -> Optimizer:

@@ -66,11 +66,12 @@ def _judge(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[bo
         if new[key] < old[key]:
             return False, "may only grow"
         if new.get("train.schedule") == "constant":
-            return True, "the learning rate stays constant"
-        return (
-            True,
-            "the learning rate takes the value of the longer schedule at once, which is higher, and ends at 0 anew",
-        )
+            note = "the learning rate stays constant"
+        else:
+            note = "the learning rate jumps to where the longer schedule is at this step, and ends at 0 anew"
+        if any(name.endswith(".stop_after") and value < 1 for name, value in new.items()):
+            note += "; stop_after counts from the new number, so what had stopped may learn again"
+        return True, note
     if key in _GEOMETRY:
         sizes = [_step_size(recipe) for recipe in (old, new)]
         if sizes[0] == sizes[1]:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ from safetensors.torch import load_file
 CHILD = Path(__file__).parent / "train_child.py"
 LAUNCHED = (
     "import json, sys; from mmpeft.trainers import launch; "
-    "sys.exit(launch.run_processes(json.loads(sys.argv[1]), 2))"
+    "sys.exit(launch.run_processes(json.loads(sys.argv[1]), 2, grace=float(sys.argv[2])))"
 )
 
 
-def launch(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(arguments: list[str], grace: float = 20.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Start two ranks from a process of its own, as the command line does."""
     return subprocess.run(
-        [sys.executable, "-c", LAUNCHED, json.dumps(arguments)],
+        [sys.executable, "-c", LAUNCHED, json.dumps(arguments), str(grace)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment},
         capture_output=True,
         text=True,
@@ -74,7 +75,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_they_resume(
 
 def test_when_one_process_fails_all_end_with_its_code():
     script = "import os, signal, sys; sys.exit(7) if os.environ['RANK'] == '1' else signal.pause()"
-    failed = launch(["-c", f"import mmpeft.trainers.launch as l\n{script}"], MMPEFT_TEST="1")
+    failed = launch(["-c", f"import mmpeft.trainers.launch as l\n{script}"], grace=0.5)
     assert failed.returncode == 7
 
 
@@ -89,7 +90,7 @@ def test_signals_reach_every_process_once(tmp_path: Path, number: int):
         "print('got', len(got), flush=True)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHED, json.dumps(["-c", rank])], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LAUNCHED, json.dumps(["-c", rank]), "20"], stdout=subprocess.PIPE, text=True
     )
     while len(list(tmp_path.iterdir())) < 2:
         assert parent.poll() is None
@@ -98,6 +99,29 @@ def test_signals_reach_every_process_once(tmp_path: Path, number: int):
     output, _ = parent.communicate(timeout=60)
     assert output.splitlines() == ["got 1", "got 1"]
     assert parent.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_no_process_outlives_a_killed_launcher(tmp_path: Path):
+    rank = f"import os, pathlib, signal; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); signal.pause()"
+    parent = subprocess.Popen([sys.executable, "-c", LAUNCHED, json.dumps(["-c", rank]), "20"])
+    while len(list(tmp_path.iterdir())) < 2:
+        assert parent.poll() is None
+        os.sched_yield()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while any(is_running(int(path.name)) for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline, "a rank still runs"
+        os.sched_yield()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        # After the name in brackets: the state; Z is dead and not yet collected.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_ranks_find_each_other_and_share_the_cores():

@@ -8,7 +8,7 @@ from torch import nn
 from mmpeft.config import TrainSettings
 from mmpeft.errors import ConfigError, MissingDependency, TrainingError
 from mmpeft.trainers import optimizers
-from mmpeft.trainers.optimizers import ParameterGroup
+from mmpeft.trainers.task import ParameterGroup
 
 KINDS = ["adamw", "adafactor", "prodigy", "adamw8bit"]
 

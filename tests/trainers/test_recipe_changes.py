@@ -63,6 +63,8 @@ def test_growing_steps_says_what_the_learning_rate_does():
     (change,) = judged(train__steps=200)
     assert change.allowed
     assert "longer schedule" in change.note
+    (change,) = changes({**OLD, "c.stop_after": 0.5}, {**OLD, "c.stop_after": 0.5, "train.steps": 200})
+    assert "what had stopped may learn again" in change.note
 
 
 def test_a_step_may_be_split_otherwise_but_not_change_its_size():

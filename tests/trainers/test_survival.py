@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from tiny_task import content
+
+from mmpeft.trainers import checkpoint
 
 CHILD = Path(__file__).parent / "train_child.py"
 # Of the events at which a run can be killed, every how many-th is tried.
@@ -87,20 +90,24 @@ def test_killed_again_and_again_it_still_ends_the_same(uninterrupted: Path, tmp_
         assert_same_artefacts(tmp_path / folder, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    uninterrupted: Path, tmp_path: Path, number: int
-):
-    told = {**RUN, "out": str(tmp_path / "run")}
-    stopped = start({**told, "signals": {"4": [number]}})
-    assert stopped.returncode == 128 + number
-    assert report(tmp_path / "run")["steps"] == 5
-    assert (tmp_path / "run/checkpoints/step-000005").is_dir()
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(uninterrupted: Path, tmp_path: Path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        out = tmp_path / str(int(number))
+        stop = {"signals": {"2": [number]}}
+        done = start({**RUN, "out": str(out), "sessions": [stop, {"resume": True}]})
+        assert json.loads(done.stdout) == [128 + number, 0]
+        assert (
+            "resumed from step-000003" in done.stderr
+        )  # it checkpoints every second step unless asked to stop
+        assert_same_artefacts(out, uninterrupted)
+
+
+def test_a_run_that_was_stopped_has_an_adapter(tmp_path: Path):
+    stopped = start({**RUN, "out": str(tmp_path / "run"), "signals": {"2": [signal.SIGTERM]}})
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopping after this step" in stopped.stderr
+    assert report(tmp_path / "run")["steps"] == 3
     assert (tmp_path / "run/adapter/weights.safetensors").is_file()
-    resumed = start({**told, "resume": True})
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from step-000005" in resumed.stderr
-    assert_same_artefacts(tmp_path / "run", uninterrupted)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path):
@@ -110,29 +117,27 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path):
     assert (tmp_path / "run/checkpoints/step-000004").is_dir()
 
 
-def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stands(tmp_path: Path):
-    told = {**RUN, "out": str(tmp_path / "run")}
-    assert start({**told, "signals": {"3": [signal.SIGTERM]}}).returncode == 143
-    before = content(tmp_path / "run/checkpoints")
-    largest = max(len(data) for data in before.values())
-    full = start({**told, "resume": True, "file_size": largest - 1})
-    assert full.returncode == 2
-    assert "TrainingError: no space to save" in full.stderr
-    assert "bytes are needed" in full.stderr
-    assert "checkpoint step-000004 stands" in full.stderr
-    assert content(tmp_path / "run/checkpoints") == before
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stands(uninterrupted: Path, tmp_path: Path):
+    largest = max(len(data) for data in content(uninterrupted / "checkpoints").values())
+    stop, full = {"signals": {"3": [signal.SIGTERM]}}, {"resume": True, "file_size": largest - 1}
+    done = start({**RUN, "out": str(tmp_path / "run"), "sessions": [stop, full]})
+    assert json.loads(done.stdout) == [143, 2]
+    assert "TrainingError: no space to save" in done.stderr
+    assert "bytes are needed" in done.stderr
+    assert "checkpoint step-000004 stands" in done.stderr
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000004"]
+    assert all(checkpoint.verify(tmp_path / "run/checkpoints" / name) is None for name in kept)
     assert not list((tmp_path / "run").rglob(".unfinished*"))
 
 
-def test_a_full_disk_while_the_adapter_is_saved_leaves_the_old_adapter(tmp_path: Path):
-    told = {**RUN, "out": str(tmp_path / "run"), "validate_every": None}
-    assert start({**told, "signals": {"3": [signal.SIGTERM]}}).returncode == 143
-    assert start({**told, "resume": True}).returncode == 0
-    finished = content(tmp_path / "run/adapter")
-    weights = len(finished["weights.safetensors"])
-    # All checkpoints are written: the only thing left to do is to write the weights, which exceed the limit.
-    full = start({**told, "resume": True, "file_size": weights - 1})
+def test_a_full_disk_while_the_adapter_is_saved_leaves_the_old_adapter(uninterrupted: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    weights = len((out / "adapter/weights.safetensors").read_bytes())
+    # All steps are taken: the only thing left to do is to write the weights, which exceed the limit.
+    full = start({**RUN, "out": str(out), "resume": True, "file_size": weights - 1})
     assert full.returncode == 2, full.stderr
     assert "checkpoint step-000006 stands" in full.stderr
-    assert content(tmp_path / "run/adapter") == finished
-    assert not list((tmp_path / "run").rglob(".unfinished*"))
+    assert content(out / "adapter") == content(uninterrupted / "adapter")
+    assert not list(out.rglob(".unfinished*"))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmpeft import randomness
-from mmpeft.trainers.optimizers import ParameterGroup
+from mmpeft.trainers.task import ParameterGroup
 
 
 class TinyTask:

@@ -1,8 +1,9 @@
 """A training process for the tests: `python train_child.py '<json>'` trains a tiny task as the JSON says.
 
-With "chains": {folder: [n, ...]} it trains into each folder of `out` in sessions that die by SIGKILL before their n-th
-event (a call that changes the run's folder, a sync, a micro-batch, a validation), and then one that is left alone. Each
-session is a process of its own, forked: that saves loading torch each time.
+With "sessions": [{...}, ...] it runs one session after another, each as the JSON with these changes says, and prints
+their exit codes. With "chains": {folder: [n, ...]} it trains into each folder of `out` in sessions that die by SIGKILL
+before their n-th event (a call that changes the run's folder, a sync, a micro-batch, a validation), and then in one that
+is left alone. Each of these sessions is a process of its own, forked: that saves loading torch each time.
 """
 
 import json
@@ -94,43 +95,51 @@ def session(told: dict, kill_at: int | None = None) -> loop.LoopResult:
     return result
 
 
-def forked(told: dict, kill_at: int | None) -> int:
-    """Run a session in a fork; give its status as os.waitpid does."""
+def run(told: dict, kill_at: int | None = None) -> int:
+    """Run one session; give the exit code that the command line would give."""
+    if "file_size" in told:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_size"], told["file_size"]))
+    try:
+        stopped_by = session(told, kill_at).stopped_by
+    except MmpeftError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 128 + stopped_by if stopped_by else 0
+
+
+def forked(told: dict, kill_at: int | None = None) -> int:
+    """Run a session in a process of its own; give its exit code, negative for a signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            session(told, kill_at)
-            code = 0
+            code = run(told, kill_at)
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
-    return os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main(told: dict) -> int:
-    if "chains" not in told:
-        if "file_size" in told:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_size"], told["file_size"]))
-        try:
-            stopped_by = session(told).stopped_by
-        except MmpeftError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 2
-        return 128 + stopped_by if stopped_by else 0
+    if "sessions" not in told and "chains" not in told:
+        return run(told)
     import accelerate  # noqa: F401  loaded before the forks, not in each of them
     import torch._dynamo  # noqa: F401
 
+    if "sessions" in told:
+        print(json.dumps([forked({**told, **changed}) for changed in told["sessions"]]))
+        return 0
     for folder, chain in told["chains"].items():
         resumed = {**told, "out": f"{told['out']}/{folder}", "resume": True}
         for number in chain:
-            if forked(resumed, number) != signal.SIGKILL:
+            if forked(resumed, number) != -signal.SIGKILL:
                 print(
                     f"{folder}: the session to be killed at event {number} ended otherwise", file=sys.stderr
                 )
                 return 1
-        if forked(resumed, None) != 0:
+        if forked(resumed) != 0:
             return 1
     return 0
 
