@@ -143,11 +143,7 @@ class Denoise:
         timesteps = self.draw_timesteps(
             batch.positions, batch.step_size, seed=seed, step=step, ranges=batch.ranges
         )
-        schedule = backbone.noise_schedule
-        noisy, target = (
-            schedule.add_noise(latents, noise, timesteps),
-            schedule.target(latents, noise, timesteps),
-        )
+        noisy, target = _noisy_and_target(backbone.noise_schedule, latents, noise, timesteps)
         count, prior, conditioning = len(timesteps), batch.prior, batch.conditioning
         if prior is not None:
             # one pass for both: small batches leave cores idle

@@ -2,8 +2,8 @@
 
 Prior preservation (Ruiz et al. 2022, "DreamBooth", arXiv:2208.12242, section 3.2) trains on pictures that the base
 drew. Here every step of the drawing is kept, the noisy latents with the base's own prediction for them: an adapter that
-gives the same predictions leaves those drawings as they are. The targets carry no noise of their own, so fewer samples do,
-and they cost nothing beyond the drawing.
+gives the same predictions leaves those drawings as they are. The targets carry no noise of their own, so
+fewer samples do, and they cost nothing beyond the drawing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mmpeft.backbones.stable_diffusion import StableDiffusion
 from mmpeft.config import BaseSettings
-from mmpeft.diffusion.denoise import Denoise, DenoiseSettings, ImageBatch
+from mmpeft.diffusion.denoise import Denoise, DenoiseSettings, ImageBatch, PriorBatch, PriorSettings
 from mmpeft.errors import ConfigError
 
 
@@ -90,24 +92,20 @@ def test_loss_of_a_perfect_prediction_is_zero(backbone, batch):
     noisy = backbone.noise_schedule.add_noise(batch.mean, noise, timesteps)
     with torch.no_grad():
         target = backbone.predict(noisy, timesteps, batch.conditioning)
-        losses = objective.sample_losses(
-            backbone, batch.mean, noise, timesteps, batch.conditioning, target=target
-        )
-        default = objective.sample_losses(backbone, batch.mean, noise, timesteps, batch.conditioning)
+        losses = objective.losses_at(backbone, noisy, timesteps, target, batch.conditioning)
+        other = objective.losses_at(backbone, noisy, timesteps, target + 2, batch.conditioning)
     assert torch.equal(losses, torch.zeros(4))
-    expected = (
-        (target - backbone.noise_schedule.target(batch.mean, noise, timesteps)).square().mean((1, 2, 3))
-    )
-    torch.testing.assert_close(default, expected)
+    torch.testing.assert_close(other, torch.full((4,), 4.0))
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "snr_plus_one", "debiased"])
 def test_weighting_multiplies_each_samples_loss(backbone, batch, weighting):
     noise, timesteps = torch.ones_like(batch.mean), torch.tensor([1, 300, 600, 999])
-    arguments = (backbone, batch.mean, noise, timesteps, batch.conditioning)
+    noisy = backbone.noise_schedule.add_noise(batch.mean, noise, timesteps)
+    arguments = (backbone, noisy, timesteps, noise, batch.conditioning)
     with torch.no_grad():
-        plain = Denoise(DenoiseSettings()).sample_losses(*arguments)
-        weighted = Denoise(DenoiseSettings(weighting=weighting, gamma=4)).sample_losses(*arguments)
+        plain = Denoise(DenoiseSettings()).losses_at(*arguments)
+        weighted = Denoise(DenoiseSettings(weighting=weighting, gamma=4)).losses_at(*arguments)
     snr = backbone.noise_schedule.snr(timesteps)
     factor = {
         "min_snr": snr.clamp(max=4) / (snr + 1),
@@ -165,3 +163,45 @@ def test_a_range_that_runs_backwards_is_refused():
 
     with pytest.raises(ConfigError, match="first and last, in this order"):
         Recipe.build({"out": "x", "data": {"images": "y"}, "objective": {"timesteps": [500, 100]}})
+
+
+def test_each_sample_may_have_its_own_timesteps():
+    objective = Denoise(DenoiseSettings())
+    ranges = [(0, 99), (900, 999)] * 4
+    drawn = torch.stack(
+        [objective.draw_timesteps(range(8), 8, seed=0, step=step, ranges=ranges) for step in range(50)]
+    )
+    assert drawn[:, ::2].max() <= 99
+    assert drawn[:, 1::2].min() >= 900
+
+
+def test_an_even_share_of_a_step_brings_prior_samples_whatever_the_split():
+    objective = Denoise(DenoiseSettings(prior=PriorSettings(pictures=4, share=0.25)))
+    whole = objective.prior_places(range(12), 640, seed=0, step=3)
+    split = [place for start in range(0, 12, 5) for place in
+             objective.prior_places(range(start, min(start + 5, 12)), 640, seed=0, step=3)]  # fmt: skip
+    assert whole == split
+    assert len(whole) == 3
+    assert all(0 <= place < 640 for place in whole)
+    assert whole != objective.prior_places(range(12), 640, seed=0, step=4)
+
+
+def test_a_prior_that_the_model_keeps_costs_nothing_and_one_that_it_leaves_counts_as_told(backbone, batch):
+    noisy, timesteps = torch.randn(2, *batch.mean.shape[1:]), torch.tensor([200, 800])
+    conditioning = {name: tensor[:2] for name, tensor in batch.conditioning.items()}
+    with torch.no_grad():
+        said = backbone.predict(noisy, timesteps, conditioning)
+
+    def loss(prediction, **settings):
+        objective = Denoise(DenoiseSettings(prior=PriorSettings(pictures=2, share=0.5, **settings)))
+        prior = PriorBatch(noisy, timesteps, prediction, conditioning)
+        total, count = objective.loss(backbone, replace(batch, prior=prior), seed=0, step=0)
+        assert count == 4
+        return total.item()
+
+    alone = Denoise(DenoiseSettings()).loss(backbone, batch, seed=0, step=0)[0].item()
+    # float32 of batches of another size.
+    assert loss(said) == pytest.approx(alone, rel=1e-4)
+    # Two samples that are off by 1 everywhere, weighing 1 / share each.
+    assert loss(said + 1) == pytest.approx(alone + 2 / 0.5, rel=1e-4)
+    assert loss(said + 1, weight=0.25) == pytest.approx(alone + 0.25 * 2 / 0.5, rel=1e-4)
