@@ -70,6 +70,7 @@ def test_the_same_seed_gives_the_same_bytes(uninterrupted: Path, tmp_path: Path)
     assert_same_artefacts(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_it_ends_byte_for_byte_as_if_never_killed(
     uninterrupted: Path, tmp_path: Path
 ):

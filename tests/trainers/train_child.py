@@ -2,8 +2,8 @@
 
 With "sessions": [{...}, ...] it runs one session after another, each as the JSON with these changes says, and prints
 their exit codes. With "chains": {folder: [n, ...]} it trains into each folder of `out` in sessions that die by SIGKILL
-before their n-th event (a call that changes the run's folder, a sync, a micro-batch, a validation), and then in one that
-is left alone. Each of these sessions is a process of its own, forked: that saves loading torch each time.
+before their n-th event (a call that changes the run's folder, a sync, a micro-batch, a validation), and then in one
+that is left alone. Each of these sessions is a process of its own, forked: that saves loading torch each time.
 """
 
 import json
