@@ -239,7 +239,7 @@ class AdapterBank:
             raise BankError(
                 f"{layer_adapter.method} needs the weight of {name}, which is quantised or offloaded here"
             )
-        return layer_adapter.delta(layer.weight)
+        return layer_adapter.delta(layer.weight.cpu())
 
     def _judge_base(self, adapter: Adapter, title: str, strict: bool) -> None:
         if adapter.card.fingerprint is None:
@@ -316,11 +316,9 @@ class _Branch:
         return _has_readable_weight(self.layer)
 
     def add(self, name: str, delta: Delta) -> None:
-        shape = weight_shape(self.layer)
-        if isinstance(delta, LowRank) and delta.shape != shape:
-            delta = LowRank(
-                delta.lora_B, delta.lora_A, shape
-            )  # a 1x1 convolution's, saved as a linear layer's
+        if isinstance(delta, LowRank):
+            # in this weight's shape: a 1x1 convolution's factors may have been saved as a linear layer's
+            delta = LowRank(delta.lora_B.cpu(), delta.lora_A.cpu(), weight_shape(self.layer))
         self._deltas[name] = delta
         self._unpack()
 
@@ -332,7 +330,8 @@ class _Branch:
         self._weights = {name: weights[name] for name in self._deltas}
         self.is_active = any(self._weights.values())
         if self._vector is not None:
-            self._vector.copy_(self._ranks_weights().reshape(self._vector.shape))
+            with torch.inference_mode(False):
+                self._vector = self._ranks_weights().to(self._vector).reshape(self._vector.shape)
         self._dense = None
 
     def change(self) -> Tensor:
@@ -360,23 +359,33 @@ class _Branch:
 
     def _pack(self, x: Tensor) -> None:
         """Bring the packed tensors to the input's device and float type, if they are not there."""
-        low_rank = [delta for delta in self._deltas.values() if isinstance(delta, LowRank)]
-        like: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
+        needs_factors = any(isinstance(delta, LowRank) for delta in self._deltas.values())
+        needs_dense = any(self._weights[n] and not isinstance(d, LowRank) for n, d in self._deltas.items())
+        is_ready = not (
+            (needs_factors and _is_elsewhere(self._A_all, x))
+            or (needs_dense and _is_elsewhere(self._dense, x))
+        )
+        if is_ready:
+            return
+        # tensors made in inference mode could not be used where gradients flow later
+        with torch.inference_mode(False), torch.no_grad():
+            if needs_factors:
+                self._pack_factors(x.device, x.dtype)
+            if needs_dense:
+                parts = [
+                    d.scaled(self._weights[n]) for n, d in self._deltas.items() if not isinstance(d, LowRank)
+                ]
+                self._dense = add(parts).dense().to(x.device, x.dtype)
+
+    def _pack_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        factors = [delta for delta in self._deltas.values() if isinstance(delta, LowRank)]
+        A_all = torch.cat([delta.lora_A for delta in factors]).to(device, dtype)
+        B_all = torch.cat([delta.lora_B for delta in factors], 1).to(device, dtype)
+        vector = self._ranks_weights().to(device, dtype)
         is_conv = isinstance(self.layer, nn.Conv2d)
-        packed = self._A_all
-        if low_rank and (packed is None or packed.device != x.device or packed.dtype != x.dtype):
-            A_all = torch.cat([delta.lora_A for delta in low_rank]).to(**like)
-            B_all = torch.cat([delta.lora_B for delta in low_rank], 1).to(**like)
-            vector = self._ranks_weights().to(**like)
-            self._A_all = A_all.reshape(-1, *weight_shape(self.layer)[1:])
-            self._B_all = B_all[:, :, None, None] if is_conv else B_all
-            self._vector = vector[:, None, None] if is_conv else vector
-        dense = {n: d for n, d in self._deltas.items() if not isinstance(d, LowRank) and self._weights[n]}
-        mixed = self._dense
-        if dense and (mixed is None or mixed.device != x.device or mixed.dtype != x.dtype):
-            self._dense = (
-                add([delta.scaled(self._weights[name]) for name, delta in dense.items()]).dense().to(**like)
-            )
+        self._A_all = A_all.reshape(-1, *weight_shape(self.layer)[1:])
+        self._B_all = B_all[:, :, None, None] if is_conv else B_all
+        self._vector = vector[:, None, None] if is_conv else vector
 
     def _ranks_weights(self) -> Tensor:
         ranks = {name: delta.rank for name, delta in self._deltas.items() if isinstance(delta, LowRank)}
@@ -386,6 +395,10 @@ class _Branch:
         self._A_all = self._B_all = self._vector = self._dense = None
         self._weights = {name: self._weights.get(name, 0.0) for name in self._deltas}
         self.is_active = any(self._weights.values())
+
+
+def _is_elsewhere(packed: Tensor | None, x: Tensor) -> bool:
+    return packed is None or packed.device != x.device or packed.dtype != x.dtype
 
 
 def _has_readable_weight(layer: Any) -> bool:

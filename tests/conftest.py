@@ -107,7 +107,7 @@ def tiny_sd_epsilon_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def attach_randomly():
     """A function that attaches a method to a pipeline, fills it with seeded numbers, and gives the adapter.
 

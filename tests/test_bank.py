@@ -19,12 +19,12 @@ PROMPTS = ["a red cat", "a dog in ink"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_base(tiny_sd_folder):
     return lambda: StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def adapters(open_base, attach_randomly):
     return {
         "lora": attach_randomly(open_base(), "lora", 1, rank=3, alpha=1.0, rank_pattern={"*.conv1": 2}),
@@ -198,6 +198,19 @@ def test_detach_leaves_the_model_as_it_was_found(open_base, adapters):
     assert bank.weights_digest() == before
     assert not any(module._forward_hooks for module in pipe.unet.modules())
     mmpeft.attach(pipe).detach()
+
+
+def test_inference_mode_and_ordinary_mode_may_alternate(bank_and_pipe):
+    bank, pipe = bank_and_pipe
+    bank.mix(lora=1.0, dora=0.5)
+    with torch.inference_mode():
+        expected = predict(pipe, PROMPTS)
+    bank.mix(lora=0.5)
+    bank.mix(lora=1.0, dora=0.5)
+    torch.testing.assert_close(predict(pipe, PROMPTS), expected.clone(), **CLOSE)
+    noisy = torch.randn(1, 4, 8, 8, requires_grad=True)
+    pipe.unet(noisy, 500, torch.randn(1, 16, 16)).sample.sum().backward()
+    assert noisy.grad.isfinite().all()
 
 
 def test_names_and_weights_are_checked(bank_and_pipe, adapters):
