@@ -18,7 +18,8 @@ from mmpeft.data.captions import final_caption
 from mmpeft.data.image_folder import ImageFolder
 from mmpeft.data.pictures import fit, pixels
 from mmpeft.data.tensor_cache import TensorCache, latent_key, text_key
-from mmpeft.diffusion.denoise import Denoise, ImageBatch
+from mmpeft.diffusion.denoise import Denoise, ImageBatch, PriorBatch
+from mmpeft.diffusion.prior import Prior
 from mmpeft.methods.base import Method
 from mmpeft.trainers.loop import ParameterGroup
 
@@ -27,12 +28,24 @@ Samples = Sequence[tuple[int, int]]
 
 
 class CaptionedImages:
-    """The samples of an image folder, as the backbone is fed with them; what frozen models make of them is cached."""
+    """The samples of an image folder, as the backbone is fed with them; what frozen models make of them is cached.
+
+    Args:
+        timesteps: first and last timestep that they are taught at; none leaves it to the objective.
+    """
 
     def __init__(
-        self, folder: ImageFolder, backbone: ImageBackbone, cache: TensorCache, *, seed: int, clip_skip: int
+        self,
+        folder: ImageFolder,
+        backbone: ImageBackbone,
+        cache: TensorCache,
+        *,
+        seed: int,
+        clip_skip: int,
+        timesteps: tuple[int, int] | None = None,
     ) -> None:
         settings = folder.settings
+        self.timesteps = timesteps
         self.folder = folder
         self.buckets = make_buckets(
             settings.resolution or backbone.resolution, backbone.size_multiple, settings.max_aspect
@@ -71,11 +84,14 @@ class CaptionedImages:
             index=sample,
         )
 
-    def posteriors(self, samples: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
-        """Give the latents' mean and log-variance of samples of one bucket, each (B, C, h, w), float32."""
-        found = [self._posterior(sample, epoch) for sample in samples]
-        mean, log_variance = zip(*found, strict=True)
-        return torch.stack(mean), torch.stack(log_variance)
+    def posterior(self, sample: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Give the latents' mean and log-variance of a sample at a visit, each (C, h, w), float32."""
+        settings = self.folder.settings
+        place, bucket = self.folder.samples[sample], self.bucket(sample)
+        flip = settings.flip and is_flipped(self._seed, epoch, sample)
+        if settings.crop == "random":
+            return self._encode(place, bucket, *crop_offset(self._seed, epoch, sample), flip)
+        return self._posterior_of(place, bucket, flip)
 
     def conditioning(self, captions: Sequence[str], *, cached: bool = True) -> dict[str, Tensor]:
         """Encode final captions; not cached while the text encoder learns."""
@@ -83,14 +99,6 @@ class CaptionedImages:
             return self._backbone.encode_text(captions)
         found = [self._embedding_of(caption) for caption in captions]
         return {name: torch.stack([each[name] for each in found]) for name in found[0]}
-
-    def _posterior(self, sample: int, epoch: int) -> tuple[Tensor, Tensor]:
-        settings = self.folder.settings
-        place, bucket = self.folder.samples[sample], self.bucket(sample)
-        flip = settings.flip and is_flipped(self._seed, epoch, sample)
-        if settings.crop == "random":
-            return self._encode(place, bucket, *crop_offset(self._seed, epoch, sample), flip)
-        return self._posterior_of(place, bucket, flip)
 
     def _cached_posterior(self, place: int, bucket: Bucket, flip: bool) -> tuple[Tensor, Tensor]:
         def make() -> dict[str, Tensor]:
@@ -140,8 +148,12 @@ class TextToImage:
         card: AdapterCard,
         held_out: CaptionedImages | None = None,
         preview: PreviewSettings | None = None,
+        restyled: CaptionedImages | None = None,
+        prior: Prior | None = None,
     ) -> None:
-        self.groups = [images.bucket(sample) for sample in range(len(images.folder.samples))]
+        self._sets = [images] if restyled is None else [images, restyled]
+        self._places = [(each, sample) for each in self._sets for sample in range(len(each.folder.samples))]
+        self.groups = [each.bucket(sample) for each, sample in self._places]
         self.parameter_groups = parameter_groups
         self._backbone = backbone
         self._methods = methods
@@ -151,21 +163,42 @@ class TextToImage:
         self._card = card
         self._held_out = held_out
         self._preview = preview or PreviewSettings()
+        self._prior = prior
         self._text_learns = any(name.startswith("text_encoder") for name in methods)
 
     def loss(self, samples: Samples, *, step: int, epoch: int, step_size: int) -> tuple[Tensor, int]:
         """Compute the loss sum and the sample count of a micro-batch."""
-        indices = [index for _, index in samples]
-        mean, log_variance = self._images.posteriors(indices, epoch)
-        captions = [self._images.caption(index, epoch) for index in indices]
+        positions = tuple(position for position, _ in samples)
+        chosen = [self._places[index] for _, index in samples]
+        posteriors = [images.posterior(sample, epoch) for images, sample in chosen]
+        mean, log_variance = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
+        default = self._objective.settings.timesteps
         batch = ImageBatch(
             mean=mean,
             log_variance=log_variance,
-            conditioning=self._images.conditioning(captions, cached=not self._text_learns),
-            positions=tuple(position for position, _ in samples),
+            conditioning=self._conditioning([images.caption(sample, epoch) for images, sample in chosen]),
+            positions=positions,
             step_size=step_size,
+            ranges=tuple(images.timesteps or default for images, _ in chosen),
+            prior=self._prior_beside(positions, step),
         )
         return self._objective.loss(self._backbone, batch, seed=self._seed, step=step)
+
+    def _prior_beside(self, positions: Sequence[int], step: int) -> PriorBatch | None:
+        if self._prior is None:
+            return None
+        places = self._objective.prior_places(positions, len(self._prior), seed=self._seed, step=step)
+        if not places:
+            return None
+        return PriorBatch(
+            noisy=self._prior.noisy[places],
+            timesteps=self._prior.timesteps[places],
+            prediction=self._prior.prediction[places],
+            conditioning=self._conditioning([self._prior.prompts[place] for place in places]),
+        )
+
+    def _conditioning(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        return self._images.conditioning(captions, cached=not self._text_learns)
 
     @property
     def trainable_parameters(self) -> int:
@@ -178,7 +211,8 @@ class TextToImage:
 
     def sample_names(self, indices: Sequence[int]) -> list[str]:
         """Name the files of samples."""
-        return [self._images.folder.records[self._images.folder.samples[index]].name for index in indices]
+        chosen = [self._places[index] for index in indices]
+        return [images.folder.records[images.folder.samples[sample]].name for images, sample in chosen]
 
     @torch.no_grad()
     def validate(self) -> float | None:
@@ -187,12 +221,11 @@ class TextToImage:
             return None
         total, count = 0.0, 0
         for sample in range(len(self._held_out.folder.samples)):
-            mean, log_variance = self._held_out.posteriors([sample], epoch=0)
-            caption = self._held_out.caption(sample, 0, dropout=False)
+            mean, log_variance = self._held_out.posterior(sample, epoch=0)
             batch = ImageBatch(
-                mean=mean,
-                log_variance=log_variance,
-                conditioning=self._held_out.conditioning([caption], cached=not self._text_learns),
+                mean=mean[None],
+                log_variance=log_variance[None],
+                conditioning=self._conditioning([self._held_out.caption(sample, 0, dropout=False)]),
                 positions=(sample,),
                 step_size=len(self._held_out.folder.samples),
             )

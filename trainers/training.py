@@ -8,26 +8,14 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mmpeft import adapter_file, plugins
-from mmpeft.adapter import AdapterCard
-from mmpeft.backbones.base import ImageBackbone
-from mmpeft.config import ComponentSettings, Recipe
-from mmpeft.data.image_folder import ImageFolder
-from mmpeft.data.lint import LintReport, lint
-from mmpeft.data.tensor_cache import TensorCache
-from mmpeft.errors import ConfigError, DataError
-from mmpeft.injection import find_targets
-from mmpeft.methods.base import Method
-from mmpeft.randomness import reseed_globals
+from mmpeft.config import Recipe
+from mmpeft.errors import ConfigError
 from mmpeft.trainers import artefact, launch, loop
+from mmpeft.trainers.preparation import prepare
 from mmpeft.trainers.presets import resolve
-from mmpeft.trainers.text_to_image import CaptionedImages, TextToImage, learning_parameters
-
-_PACKAGES = ("mmpeft", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -50,18 +38,6 @@ class TrainResult:
         if self.stopped_by:
             return f"stopped after step {self.steps}; a checkpoint is written: go on with --resume"
         return f"{self.steps} steps in {self.seconds:.0f} s\n{self.verification}\nthe adapter is in {self.adapter_dir}"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run needs before the loop starts."""
-
-    recipe: Recipe
-    backbone: ImageBackbone
-    methods: Mapping[str, Method]
-    folder: ImageFolder
-    task: TextToImage
-    lint_report: LintReport
 
 
 def train(
@@ -94,7 +70,7 @@ def train(
     if not resume and any((recipe.out / name).exists() for name in ("checkpoints", "adapter")):
         raise ConfigError(f"{recipe.out} holds a run; add --resume to go on with it, or choose another --out")
     accelerator = launch.accelerator(recipe.train.processes)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, accelerator)
     if accelerator.is_main_process:
         print(prepared.lint_report.text(), flush=True)
         print(
@@ -136,106 +112,6 @@ def train(
     }
     (recipe.out / "result.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return TrainResult(adapter_dir, metrics, outcome.steps, run_seconds(), report.is_ok, report.sentence)
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Open the base, look through the data, attach the method: everything before the first step.
-
-    Raises:
-        ConfigError, DataError, BaseError, MethodError: as `train`.
-    """
-    backbone = plugins.get("backbone", recipe.base.backbone).open(recipe.base)
-    if recipe.data.images is None:
-        raise ConfigError("data.images: must name a folder of images")
-    folder = plugins.get("dataset", recipe.data.name).scan(recipe.data.images, recipe.data)
-    cache = TensorCache(recipe.cache or recipe.out / "cache")
-    images = CaptionedImages(folder, backbone, cache, seed=recipe.seed, clip_skip=recipe.base.clip_skip)
-    report = lint(
-        folder,
-        images.buckets,
-        captions=images.captions(),
-        token_count=backbone.token_count,
-        token_limit=backbone.token_limit,
-        step_size=recipe.train.step_size,
-        trigger=folder.settings.trigger,
-    )
-    if report.errors:
-        raise DataError(f"{report.errors[0].file or folder.folder}: {report.errors[0].message}")
-    objective = plugins.get("objective", recipe.objective.name)(recipe.objective)
-    components = {name: settings for name, settings in recipe.components.items() if settings.train}
-    components = components or {backbone.main_component: ComponentSettings()}
-    methods, layers = attach(recipe, backbone, components)
-    groups = learning_parameters(
-        methods,
-        backbone.components,
-        learning_rate={
-            name: part.learning_rate or recipe.train.learning_rate for name, part in components.items()
-        },
-        stop_after={name: part.stop_after for name, part in components.items()},
-    )
-    held_out = None
-    if recipe.validation.images:
-        held_out_folder = type(folder).scan(
-            recipe.validation.images, folder.settings.model_copy(update={"flip": False, "crop": "center"})
-        )
-        held_out = CaptionedImages(
-            held_out_folder, backbone, cache, seed=recipe.seed, clip_skip=recipe.base.clip_skip
-        )
-    card = AdapterCard(
-        base=backbone.title,
-        fingerprint=backbone.fingerprint(layers).to_json(),
-        data_digest=folder.digest,
-        trigger=folder.settings.trigger,
-        seed=recipe.seed,
-        recipe=recipe.public(
-            {
-                "base.name": backbone.title,
-                "data.images": folder.digest,
-                "validation.images": held_out.folder.digest if held_out else None,
-            }
-        ),
-        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-    )
-    task = TextToImage(
-        backbone,
-        methods,
-        objective,
-        images,
-        parameter_groups=groups,
-        seed=recipe.seed,
-        card=card,
-        held_out=held_out,
-        preview=recipe.preview,
-    )
-    return Prepared(recipe, backbone, methods, folder, task, report)
-
-
-def attach(
-    recipe: Recipe, backbone: ImageBackbone, components: Mapping[str, ComponentSettings]
-) -> tuple[dict[str, Method], list[str]]:
-    """Put the method's fresh parameters on each component that learns, or those of `init_from`.
-
-    Returns:
-        The method of each component, and the names on disk of all layers that learn.
-    """
-    start = adapter_file.load(recipe.init_from, backbone.components) if recipe.init_from else None
-    methods: dict[str, Method] = {}
-    names: list[str] = []
-    for component, settings in components.items():
-        if component not in backbone.components:
-            known = ", ".join(sorted(backbone.components))
-            raise ConfigError(f"components.{component}: this base has no such component; it has {known}")
-        model = backbone.components[component]
-        method = plugins.get("method", recipe.method.name)(recipe.method)
-        targets = settings.targets or recipe.method.targets
-        reseed_globals(recipe.seed, "initialise", component)
-        layers = find_targets(component, model, backbone.target_groups, targets)
-        method.attach(model, layers)
-        if start is not None:
-            method.start_from(model, start.component(component))
-        methods[component] = method
-        names += [f"{component}.{layer}" for layer in layers.values()]
-    return methods, names
 
 
 def run_seconds() -> float:

@@ -92,6 +92,10 @@ class ImageBackbone(Backbone):
         """
 
     @abstractmethod
+    def decode_image(self, latents: Tensor) -> list[Image.Image]:
+        """Decode latents, (B, C, h, w), in the denoiser's scale, into pictures."""
+
+    @abstractmethod
     def token_count(self, caption: str) -> int:
         """Count the tokens of a caption, without marks, padding or truncation."""
 

@@ -68,7 +68,7 @@ class StableDiffusion(ImageBackbone):
         self.device = _device()
         self.compute_dtype = choose_dtype(settings.precision, self.device)
         self.noise_schedule = NoiseSchedule.from_config(self._scheduler.config)
-        vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self._vae_factor = vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self.size_multiple = vae_factor * 2 ** (len(self._unet.config.block_out_channels) - 1)
         self.resolution = int(self._unet.config.sample_size) * vae_factor
         side = int(self._unet.config.sample_size)
@@ -170,6 +170,15 @@ class StableDiffusion(ImageBackbone):
         # contiguous: channels-last latents would make cached bytes depend on a speed setting
         log_variance = posterior.logvar + 2 * torch.tensor(scale).log()
         return mean.contiguous(), log_variance.contiguous()
+
+    @torch.no_grad()
+    def decode_image(self, latents: Tensor) -> list[Image.Image]:
+        """Decode latents into pictures; see the contract."""
+        at_once = max(1, _PICTURES_AT_ONCE * 64 * 64 // (latents[0, 0].numel() * self._vae_factor**2))
+        processor, pictures = self._wrapped().image_processor, []
+        for part in latents.to(self.device).split(at_once):
+            pictures += processor.postprocess(self._decode(part), output_type="pil")
+        return pictures
 
     def token_count(self, caption: str) -> int:
         """Count the tokens of a caption, without marks, padding or truncation."""

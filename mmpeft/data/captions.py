@@ -54,5 +54,17 @@ def final_caption(
 
 def contains_words(text: str, words: str) -> bool:
     """Tell whether words stand in a text as whole words, in this order, whatever their case and spacing."""
+    return _whole_words(words).search(text) is not None
+
+
+def without_words(text: str, words: str) -> str:
+    """Take words out of a text, as `contains_words` finds them, and the comma that they leave behind."""
+    if not words:
+        return text
+    parts = [" ".join(_whole_words(words).sub(" ", part).split()) for part in text.split(",")]
+    return ", ".join(part for part in parts if part)
+
+
+def _whole_words(words: str) -> re.Pattern[str]:
     pattern = r"\s+".join(re.escape(word) for word in words.split())
-    return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
+    return re.compile(rf"(?<!\w){pattern}(?!\w)", re.IGNORECASE)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmpeft.data.captions import contains_words, final_caption
+from mmpeft.data.captions import contains_words, final_caption, without_words
 
 TAG = st.text("abcdefgh ", min_size=1, max_size=6).map(str.strip).filter(bool)
 
@@ -84,3 +84,17 @@ def test_dropout_does_not_change_the_order_of_what_stays():
     for index in range(40):
         dropped = read(caption, shuffle_tags=True, dropout=0.5, index=index)
         assert dropped in ("", read(caption, shuffle_tags=True, index=index))
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "left"),
+    [
+        ("a sks cat, grinning", "sks", "a cat, grinning"),
+        ("pear, in the style of ink", "in the style of  Ink", "pear"),
+        ("ink", "ink", ""),
+        ("inkwell, thinking", "ink", "inkwell, thinking"),
+        ("a cat", "", "a cat"),
+    ],
+)
+def test_words_are_taken_out_whole(text, words, left):
+    assert without_words(text, words) == left

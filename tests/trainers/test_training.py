@@ -1,10 +1,13 @@
 """Whole runs on a tiny Stable Diffusion: from a folder of images to the adapter that stock diffusers loads."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -260,3 +263,65 @@ def test_an_unreadable_image_stops_the_run_by_name(photos, tiny_sd_folder, tmp_p
     (folder / "torn.png").write_bytes((photos / "0.png").read_bytes()[:60])
     with pytest.raises(DataError, match=r"torn\.png"):
         run(folder, tiny_sd_folder, tmp_path / "run")
+
+
+PRIOR = {
+    "objective": {
+        "prior": {
+            "pictures": 4,
+            "prompts": ["ink", "a red dog"],
+            "share": 0.5,
+            "restyled": 2,
+            "restyled_timesteps": (200, 999),
+        }
+    }
+}
+
+
+def test_a_prior_is_drawn_kept_and_restyled(photos, tiny_sd_folder, tmp_path):
+    result = run(photos, tiny_sd_folder, tmp_path / "run", **PRIOR)
+    assert result.verified
+    drawn = tmp_path / "run" / "restyled"
+    # The folder's two captions, then the prompts, without the trigger.
+    assert sorted(f.read_text().strip() for f in drawn.glob("*.txt")) == [
+        "a cat",
+        "a dog",
+        "a red dog",
+        "ink",
+    ]
+    assert len(list(drawn.glob("*.png"))) == 4
+
+
+def test_two_processes_train_what_one_trains(photos, tiny_sd_folder, tmp_path):
+    recipe = {
+        "data": {"images": str(photos), "trigger": TRIGGER},
+        "base": {"name": str(tiny_sd_folder), "precision": "fp32"},
+        "method": {"rank": 2},
+        "train": {"steps": 4, "batch_size": 4, "learning_rate": 0.01},
+        **PRIOR,
+    }
+    one = mmpeft.train(recipe, out=tmp_path / "one")
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    command = ["train", tmp_path / "recipe.toml", "--out", tmp_path / "two", "--processes", "2"]
+    command += ["--train.batch_size", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmpeft.cli", *command], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    alone, shared = (
+        mmpeft.load_adapter(folder) for folder in (one.adapter_dir, tmp_path / "two" / "adapter")
+    )
+    for layer in alone.layers:
+        # float32 sums in another order, through four Adam steps.
+        torch.testing.assert_close(alone[layer].dense(), shared[layer].dense(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_trigger_that_the_text_encoder_does_not_see_is_said(photos, tmp_path, capsys):
+    run(photos, "pocket", tmp_path / "run", data__trigger="sks", train__steps=1, base__precision="auto")
+    assert "the text encoder hardly sees 'sks'" in capsys.readouterr().out
+
+
+def test_a_rank_pattern_that_names_nothing_is_an_error(photos, tiny_sd_folder, tmp_path):
+    with pytest.raises(mmpeft.MmpeftError, match=r"'up_blocks\.9' names no layer that learns"):
+        run(photos, tiny_sd_folder, tmp_path / "run", method__rank_pattern={"up_blocks.9": 3})

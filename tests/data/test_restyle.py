@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmpeft.data.palette import transfer_palette
+from mmpeft.data.restyle import match_contrast, restyle, transfer_palette
 
 
 def noisy(mean, spread, seed, count=3, side=24):
@@ -47,3 +47,22 @@ def test_the_same_seed_gives_the_same_pictures():
     source, reference = noisy(80, 20, seed=4), noisy(150, 30, seed=5)
     first, second = (stacked(transfer_palette(source, reference, seed=7)) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_details_get_the_strength_that_they_have_in_the_reference():
+    faint, strong = noisy(128, 10, seed=6), noisy(128, 40, seed=7)
+    matched = stacked(match_contrast(faint, strong))
+    # White noise keeps most of its power in the bands that are matched.
+    assert matched.std() == pytest.approx(stacked(strong).std(), rel=0.15)
+
+
+def test_contrast_of_its_own_leaves_a_picture_alone():
+    (picture,) = noisy(128, 30, seed=8, count=1)
+    assert np.abs(stacked(match_contrast([picture], [picture])) - stacked([picture])).max() <= 1
+
+
+def test_restyled_pictures_have_contrast_and_colours_of_the_reference():
+    source, reference = noisy((100, 140, 90), 12, seed=9), noisy((200, 60, 60), 45, seed=10)
+    restyled = stacked(restyle(source, reference, seed=0))
+    assert restyled.mean(0) == pytest.approx(stacked(reference).mean(0), abs=1.0)
+    assert restyled.std(0) == pytest.approx(stacked(reference).std(0), rel=0.05)
