@@ -15,11 +15,12 @@ from typing import Any
 from mmpeft.backbones.base import ImageBackbone
 from mmpeft.backbones.pocket import image_folder, judges_folder, pocket_folder
 from mmpeft.bank import AdapterBank, attach
-from mmpeft.config import BaseSettings
+from mmpeft.config import BaseSettings, Recipe
 from mmpeft.errors import TrainingError
 from mmpeft.evaluation.judges import PocketJudges
 from mmpeft.evaluation.style import Draw, StyleScores, score_style
 from mmpeft.picture_grid import picture_grid
+from mmpeft.trainers.presets import resolve
 
 STEPS, GUIDANCE = 20, 4.0
 DRIFT_PROMPTS = 32
@@ -33,6 +34,10 @@ class Run:
     preset: str
     trigger: str
     settings: tuple[str, ...] = ()
+
+    def recipe(self) -> Recipe:
+        """Give the recipe that the command means, but for its own settings."""
+        return resolve(image_folder(self.images) / "train", preset=self.preset)
 
     def start(self, out: Path) -> dict[str, Any]:
         """Train into a folder and give what the run measured, with the wall time of the whole process.
@@ -53,8 +58,8 @@ class Run:
         return measured | {"train_seconds": round(time.perf_counter() - started, 1)}
 
 
-STYLE = Run("high-contrast", "style", "in the style of ink", ("--train.processes", "2"))
-SECOND = Run("cat", "subject", "sks cat", ("--train.processes", "2", "--train.steps", "60"))
+STYLE = Run("high-contrast", "style", "on an ink background", ("--processes", "2", "--train.batch_size", "6"))
+SECOND = Run("cat", "subject", "sks", ("--processes", "2", "--train.batch_size", "3", "--steps", "60"))
 
 
 def quickstart(out: Path) -> str:
@@ -109,11 +114,14 @@ def open_pocket() -> tuple[ImageBackbone, Draw]:
 
 
 def score(bank: AdapterBank, draw: Draw, run: Run, *, adapter: str = "style") -> StyleScores:
-    """Score the style adapter of a run on the held-out concepts of its image folder."""
+    """Score the style adapter of a run on the held-out concepts of its image folder.
+
+    Drift is measured on concepts that were in no picture and in no prior prompt of the run.
+    """
     judges = PocketJudges(judges_folder())
-    held_out, seen = captions(run.images, "held_out"), set(captions(run.images, "train"))
-    others = [concept for concept in judges.concepts if concept not in seen and concept not in held_out]
-    stride = len(others) // DRIFT_PROMPTS
+    held_out, recipe = captions(run.images, "held_out"), run.recipe()
+    seen = {*captions(run.images, "train"), *held_out, *recipe.objective.prior.prompts}
+    unseen = [concept for concept in judges.concepts if concept not in seen]
     return score_style(
         draw,
         lambda: bank.using({adapter: 1.0}),
@@ -121,7 +129,7 @@ def score(bank: AdapterBank, draw: Draw, run: Run, *, adapter: str = "style") ->
         style=run.images,
         concepts=held_out,
         trigger=run.trigger,
-        drift_prompts=others[::stride][:DRIFT_PROMPTS],
+        drift_prompts=unseen[:: len(unseen) // DRIFT_PROMPTS][:DRIFT_PROMPTS],
     )
 
 
@@ -137,7 +145,10 @@ def mix_and_fuse(bank: AdapterBank, draw: Draw, sheet: Path) -> tuple[int, dict[
     """Draw both adapters alone and together; fuse the mix, and measure what fusing and unfusing changed."""
     import numpy as np
 
-    prompts, seeds = [f"a {SECOND.trigger}, {STYLE.trigger}", f"cat face, {STYLE.trigger}"], [7, 7]
+    prompts, seeds = (
+        [f"a {SECOND.trigger} cat, grinning, {STYLE.trigger}", f"rocket, {STYLE.trigger}"],
+        [7, 7],
+    )
     before = bank.weights_digest()
     rows = []
     mixes = (
