@@ -78,7 +78,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
     return Speed(2 * 1024**3 / product, 2 * large.nbytes / copy, addition)
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Ledger(TorchDispatchMode):
     """Counts operations, their arithmetic, and the bytes that live at once."""
 
     def __init__(self) -> None:
@@ -124,11 +124,11 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _attention_flops(args: Any) -> int:
-    return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
 
 
 def _attention_backward_flops(args: Any) -> int:
-    return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
+    return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
 
 
 # torch's registry knows the attention kernels of GPUs alone. Queries, keys and values come first, after the gradient.

@@ -205,7 +205,7 @@ def plan(
         },
         trainable_parameters=numbers,
         steps=recipe.train.steps,
-        epochs=round(recipe.train.steps / sum(use.steps for use in looked.lint_report.buckets), 2),
+        epochs=round(recipe.train.steps / _steps_per_epoch(recipe, looked.lint_report), 2),
         memory=_memory(recipe, backbone, numbers, held, step),
         disk=_disk(recipe, looked, numbers, latent_shape),
         seconds=_seconds(recipe, looked, step, encoding, measured),
@@ -250,6 +250,13 @@ def _step_cost(
     return count(step)
 
 
+def _steps_per_epoch(recipe: Recipe, lint: LintReport) -> int:
+    """Count the steps that visit every image once, the prior's restyled drawings among them."""
+    prior = getattr(recipe.objective, "prior", None)
+    restyled = prior.pictures * prior.restyled if prior is not None else 0
+    return sum(use.steps for use in lint.buckets) - (-restyled // recipe.train.step_size)
+
+
 def _rows(recipe: Recipe) -> int:
     """Count what goes through the model at once: a micro-batch, and the prior's drawings beside it."""
     prior = getattr(recipe.objective, "prior", None)
@@ -278,9 +285,19 @@ def _disk(recipe: Recipe, looked: Looked, numbers: int, latent_shape: tuple[int,
     text_learns = any(name.startswith("text_encoder") for name in looked.components)
     kept = 1 + _MOMENTS[recipe.train.optimizer] + (recipe.train.ema is not None)
     adapters = 2 if recipe.validation.images else 1
+    prior = getattr(recipe.objective, "prior", None)
+    # Of each of its steps what the denoiser was given and what it said.
+    drawn = (
+        2
+        * _FLOAT
+        * torch.Size(latent_shape).numel()
+        * _PRIOR_STEPS
+        * (prior.pictures if prior is not None else 0)
+    )
     return {
         "latents": 0 if settings.crop == "random" else latent * len(looked.images.folder.records),
         "text embeddings": 0 if text_learns else text * (looked.lint_report.captions.distinct + 1),
+        "drawings of the prior": drawn,
         # One more than is kept, while it is written.
         "checkpoints": int(_FLOAT * numbers * kept * (recipe.train.keep_checkpoints + 1)),
         # Once in diffusers' names and once in PEFT's.
