@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmpeft.adapter import Adapter as Adapter
     from mmpeft.adapter import AdapterCard as AdapterCard
-    from mmpeft.adapter_file import load as load_adapter
+    from mmpeft.adapter_file import load as load_adapter  # noqa: F401
     from mmpeft.bank import AdapterBank as AdapterBank
     from mmpeft.bank import attach as attach
     from mmpeft.config import Recipe as Recipe
@@ -32,7 +32,7 @@ _PLACES = {
     "plan": "mmpeft.trainers.plan:plan",
     "train": "mmpeft.trainers.training:train",
 }
-__all__ = sorted(_PLACES)  # noqa: PLE0605 - one list of names, not two
+__all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:

@@ -186,7 +186,7 @@ def _check_available(choice: str, device: torch.device, dtype: torch.dtype) -> N
         try:
             probe = torch.zeros(1, 1, 8, 8, device=device, dtype=dtype, requires_grad=True)
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                nn.functional.scaled_dot_product_attention(probe, probe, probe).sum().backward()  # type: ignore[no-untyped-call]
+                nn.functional.scaled_dot_product_attention(probe, probe, probe).sum().backward()
         except RuntimeError as error:
             raise ConfigError(
                 f"base.attention: flash cannot run in {str(dtype).removeprefix('torch.')} on {device.type} here "

@@ -9,6 +9,7 @@ import cyclopts
 
 import mmpeft
 from mmpeft.errors import MmpeftError
+from mmpeft.trainers import launch
 
 # Short forms of settings that are said often.
 SHORT_FORMS = {
@@ -29,7 +30,7 @@ FUNCTIONS = {"train": "_train", "plan": "_plan", "plugins": "plugins_command"}
 
 def main() -> None:
     """Run the command line; errors that are ours are one line and exit with 2."""
-    set_thread_waiting(os.environ)
+    launch.prepare_threads()
     quieten_libraries(os.environ)
     try:
         make_app(sys.argv[1:])(expanded(sys.argv[1:]), exit_on_error=False, print_error=False)
@@ -43,8 +44,6 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     if "RANK" in os.environ:
-        from mmpeft.trainers import launch
-
         launch.leave(code)
     sys.exit(code)
 
@@ -91,15 +90,6 @@ def expanded(tokens: Sequence[str]) -> list[str]:
         "=".join((SHORT_FORMS.get(flag, flag), *rest))
         for flag, *rest in (token.split("=", 1) for token in tokens)
     ]
-
-
-def set_thread_waiting(environment: "os._Environ[str] | dict[str, str]") -> None:
-    """Let waiting threads sleep, before torch starts any; with spinning ones, a shared machine runs 20 times slower.
-
-    A user who set either variable keeps it.
-    """
-    if "OMP_WAIT_POLICY" not in environment and "GOMP_SPINCOUNT" not in environment:
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def quieten_libraries(environment: "os._Environ[str] | dict[str, str]") -> None:

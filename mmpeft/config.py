@@ -139,6 +139,11 @@ class PreviewPrompt(Settings):
     width: int | None = None
     height: int | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        return {"prompt": data} if isinstance(data, str) else data
+
 
 class PreviewSettings(Settings):
     """Pictures drawn while training."""

@@ -123,16 +123,6 @@ def test_short_forms_are_written_out_for_commands_that_take_a_recipe_only():
     assert cli.expanded(["generate", "x", "--base", "pocket"]) == ["generate", "x", "--base", "pocket"]
 
 
-def test_waiting_threads_sleep_unless_the_user_set_how_they_wait():
-    environment = {}
-    cli.set_thread_waiting(environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
-    for mine in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "100"}):
-        after = dict(mine)
-        cli.set_thread_waiting(after)
-        assert after == mine
-
-
 def test_generate_writes_the_picture(tmp_path, tiny_sd_folder):
     out = tmp_path / "pictures" / "cat.png"
     done = run("generate", "a cat", "--base", str(tiny_sd_folder), "--steps", "2", "--out", str(out))

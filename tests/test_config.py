@@ -21,6 +21,11 @@ def test_base_may_be_said_by_its_name_alone():
     assert Recipe.build(MINIMAL, {"base": "some/model"}).base.name == "some/model"
 
 
+def test_a_preview_may_be_a_prompt_alone():
+    recipe = Recipe.build(MINIMAL, {"preview.prompts": ["a cat", {"prompt": "a dog", "seed": 3}]})
+    assert [(each.prompt, each.seed) for each in recipe.preview.prompts] == [("a cat", 0), ("a dog", 3)]
+
+
 def test_another_method_does_not_inherit_the_settings_of_the_one_below():
     below = {"method": {"name": "lora", "rank": 4, "rslora": True}}
     merge(below, {"method": {"name": "dora"}})

@@ -66,7 +66,7 @@ class StepGradient:
 
     def add(self, loss_sum: Tensor, count: int) -> None:
         """Run the backward pass of one micro-batch's loss sum, a scalar, and add its tallies."""
-        loss_sum.backward()  # type: ignore[no-untyped-call]
+        loss_sum.backward()
         self._buffer[-3] += loss_sum.detach()
         self._buffer[-2] += count
 

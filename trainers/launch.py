@@ -23,7 +23,8 @@ def prepare_threads(processes: int = 1) -> None:
     Waiting threads that spin make every step 20 to 40 times slower as soon as anything else runs on the cores, so they
     sleep (OMP_WAIT_POLICY). Several processes divide the cores (OMP_NUM_THREADS).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
 

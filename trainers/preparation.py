@@ -208,7 +208,7 @@ def prior_of(
     accelerator: Accelerator | None,
 ) -> Prior | None:
     """Let the base draw what is to stay: the folder's captions without the trigger, in turn with the given prompts."""
-    settings = _prior_settings(recipe)
+    settings = prior_settings(recipe)
     if not settings.pictures:
         return None
     trigger = images.folder.settings.trigger or ""
@@ -236,7 +236,7 @@ def restyled_images(
     accelerator: Accelerator | None,
 ) -> CaptionedImages | None:
     """Give the prior's drawings the folder's contrast and colours, as samples; out/restyled has them to look at."""
-    settings = _prior_settings(recipe)
+    settings = prior_settings(recipe)
     if prior is None or not settings.restyled:
         return None
     folder = recipe.out / "restyled"
@@ -289,6 +289,6 @@ def trigger_findings(
     return [Finding("warning", None, message, "trigger")]
 
 
-def _prior_settings(recipe: Recipe) -> PriorSettings:
-    # an objective from elsewhere may have none
+def prior_settings(recipe: Recipe) -> PriorSettings:
+    """Give what the objective says about the prior; an objective from elsewhere may know none."""
     return getattr(recipe.objective, "prior", PriorSettings())

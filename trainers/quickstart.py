@@ -20,6 +20,7 @@ from mmpeft.errors import TrainingError
 from mmpeft.evaluation.judges import PocketJudges
 from mmpeft.evaluation.style import Draw, StyleScores, score_style
 from mmpeft.picture_grid import picture_grid
+from mmpeft.trainers.preparation import prior_settings
 from mmpeft.trainers.presets import resolve
 
 STEPS, GUIDANCE = 20, 4.0
@@ -119,8 +120,8 @@ def score(bank: AdapterBank, draw: Draw, run: Run, *, adapter: str = "style") ->
     Drift is measured on concepts that were in no picture and in no prior prompt of the run.
     """
     judges = PocketJudges(judges_folder())
-    held_out, recipe = captions(run.images, "held_out"), run.recipe()
-    seen = {*captions(run.images, "train"), *held_out, *recipe.objective.prior.prompts}
+    held_out = captions(run.images, "held_out")
+    seen = {*captions(run.images, "train"), *held_out, *prior_settings(run.recipe()).prompts}
     unseen = [concept for concept in judges.concepts if concept not in seen]
     return score_style(
         draw,

@@ -15,8 +15,8 @@ def interval(
     """Give the percentile bootstrap interval of a mean.
 
     Efron 1979, "Bootstrap Methods: Another Look at the Jackknife"; 2,000 resamples, seeded. Samples that belong
-    together (one caption drawn from several seeds) are resampled together, since they vary together. A share
-    of 0 or 1 has no spread to resample: the rule of three then bounds it (Hanley and Lippman-Hand 1983, "If Nothing Goes
+    together (one caption drawn from several seeds) are resampled together, since they vary together. A share of 0 or
+    1 has no spread to resample: the rule of three then bounds it (Hanley and Lippman-Hand 1983, "If Nothing Goes
     Wrong, Is Everything All Right?"), with the number of groups as its count.
 
     Args:
