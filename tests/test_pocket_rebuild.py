@@ -250,8 +250,12 @@ def test_packages_of_another_version_are_named(tmp_path: Path) -> None:
     write_packages(tmp_path, [name for name in names if name != "pizza"])
     with pytest.raises(DataError, match=r"does not name \['pizza'\]; is it another version"):
         read_concepts(tmp_path, 8)
+
+
+def test_a_plan_that_cannot_be_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="between 4 and 219; got 300"):
-        chosen_names(300)
+        rebuild(tmp_path / "work", replace(SMOKE, concepts=300))
+    assert not (tmp_path / "work").exists()
 
 
 def test_missing_npm_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +292,7 @@ def test_clip_never_paints_a_pair_that_is_kept_unseen() -> None:
 def test_captions_tokenise_without_unknowns() -> None:
     choose = np.random.default_rng(0)
     concepts = [example(name).concept for name in list(chosen_names())[:60]]
-    tokenizer = build_tokenizer(learn_merges(corpus(concepts, choose), 700))
+    tokenizer = build_tokenizer(learn_merges(corpus(concepts, choose), 900))
     texts = [
         caption(concept, choose, painted=painted, background=background)
         for concept in concepts
@@ -301,6 +305,12 @@ def test_captions_tokenise_without_unknowns() -> None:
         assert spelled.replace(" ", "") == text.replace(" ", "")
         assert len(tokens) <= tokenizer.model_max_length
     assert len(tokenizer.tokenize("an icon of a red apple")) == 6  # common words are one token each
+
+
+def test_merges_do_not_depend_on_the_order_of_a_hash_map() -> None:
+    texts = corpus([example(name).concept for name in HELD_OUT], np.random.default_rng(0))
+    first, *others = (learn_merges(texts, 900) for _ in range(8))
+    assert all(merges == first for merges in others)
 
 
 def test_captions_name_the_painted_colour_and_not_the_old_one() -> None:

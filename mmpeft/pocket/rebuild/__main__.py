@@ -37,4 +37,5 @@ if __name__ == "__main__":
     try:
         app()
     except MmpeftError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -184,9 +184,8 @@ def train_denoiser(
     draw, choose = generator(seed, "denoiser"), np.random.default_rng(seed_of(seed, "denoiser"))
     unet = build_unet().to(memory_format=torch.channels_last)  # MuonForKernels needs it
     denoiser = Denoiser(unet, text_encoder).train()
-    denoiser.unet.set_attn_processor(
-        AttnProcessor()
-    )  # SDPA's backward is slower than plain matrices this small
+    # At this size SDPA's backward is slower than plain matrix products'.
+    denoiser.unet.set_attn_processor(AttnProcessor())
     average = averaged(denoiser, limit=0.997)
     learner = Denoiser(torch.compile(denoiser.unet), text_encoder) if is_compiled else denoiser
 

@@ -16,7 +16,7 @@ from mmpeft.pocket.rebuild.assembly import assemble
 from mmpeft.pocket.rebuild.autoencoder import train_autoencoder
 from mmpeft.pocket.rebuild.captions import corpus
 from mmpeft.pocket.rebuild.clip import examples_of, train_clip
-from mmpeft.pocket.rebuild.concepts import Concept, read_concepts
+from mmpeft.pocket.rebuild.concepts import Concept, chosen_names, read_concepts
 from mmpeft.pocket.rebuild.denoiser import train_denoiser
 from mmpeft.pocket.rebuild.drawings import KNOWN_SETS, SETS, draw_all, load_drawings
 from mmpeft.pocket.rebuild.folders import write_folders
@@ -39,8 +39,8 @@ class Plan:
     """taught concepts; all when not given"""
     seed: int = 0
     """two rebuilds with one seed and one thread count are the same"""
-    vocabulary: int = 3000
-    """byte-pair pieces to stop at"""
+    vocabulary: int = 3226
+    """tokens of the tokenizer"""
     autoencoder_steps: int = 4000
     """batches of 16"""
     clip_steps: int = 1500
@@ -59,12 +59,12 @@ class Plan:
 
 SMOKE = Plan(
     concepts=6,
-    vocabulary=600,
-    autoencoder_steps=4,
-    clip_steps=3,
-    denoiser_steps=4,
+    vocabulary=800,
+    autoencoder_steps=3,
+    clip_steps=2,
+    denoiser_steps=3,
     denoiser_batch=8,
-    judge_steps=3,
+    judge_steps=2,
     sampling_steps=2,
 )
 """every stage in seconds; what comes out is noise that loads"""
@@ -80,9 +80,10 @@ def rebuild(work: Path, plan: Plan) -> dict[str, float]:
     A stage appears under its name when it is whole; one that was stopped begins anew.
 
     Raises:
-        ConfigError: the folder was begun with another plan.
+        ConfigError: the folder was begun with another plan, or the plan asks for too few or many concepts.
         MissingDependency: npm or resvg_py is needed and not there.
     """
+    chosen_names(plan.concepts)
     work.mkdir(parents=True, exist_ok=True)
     _agree(work / "plan.json", plan)
     stages = _Stages(work, plan)

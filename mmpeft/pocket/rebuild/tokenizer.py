@@ -16,12 +16,13 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """how CLIP cuts a text into words (Radford et al. 2021, arXiv:2103.00020): no merge crosses them"""
 
 
-def learn_merges(texts: Sequence[str], pieces: int) -> list[tuple[str, str]]:
+def learn_merges(texts: Sequence[str], vocabulary: int) -> list[tuple[str, str]]:
     """Learn byte-pair merges, the most frequent first (Sennrich et al. 2016, arXiv:1508.07909).
 
     Args:
         texts: the captions to encode well.
-        pieces: vocabulary entries to stop at, the 256 bytes included.
+        vocabulary: tokens that the tokenizer may have: 256 bytes inside and 256 at the end of a word, the two
+            ends, and one for each merge.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -32,11 +33,14 @@ def learn_merges(texts: Sequence[str], pieces: int) -> list[tuple[str, str]]:
     cut = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fitted.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=pieces,
+        vocab_size=vocabulary - len((START, END)),
         min_frequency=2,
         end_of_word_suffix=WORD_END,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=letters,
+        # Named beforehand, or they are numbered in the order of a hash map, which decides ties between merges.
+        special_tokens=[letter + WORD_END for letter in letters],
         show_progress=False,
     )
     fitted.train_from_iterator(texts, trainer)

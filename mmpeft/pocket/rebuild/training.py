@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from mmpeft.errors import TrainingError
 
@@ -55,7 +55,7 @@ def fit(
                     f"{name}: loss is {loss.item()} at step {step}; try a lower learning rate"
                 )
             model.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
