@@ -4,7 +4,7 @@
     python -m mmpeft.pocket.rebuild WORK_FOLDER --smoke    # about a minute: every stage, on six concepts
 
 The five hours are the measured seconds of a step times the steps: autoencoder 0.7 h, CLIP 0.5 h, denoiser 3.3 h,
-judges 0.2 h. Memory stays under 2 GB. On a shared machine, OMP_NUM_THREADS=1 is the fastest.
+judges 0.2 h. On a shared machine, OMP_NUM_THREADS=1 is the fastest.
 
 It needs npm (which fetches the packages, about 28 MB) and `pip install "mmpeft[pocket]"` (which renders their
 drawings). One stage follows the other, each in a folder of its own; a folder that is there is not made again,
