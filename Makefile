@@ -43,7 +43,7 @@ bench-adapters: setup  ## train and score two styles and a subject on the embedd
 
 pocket: setup  ## rebuild the embedded base from the published image packages: hours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pocket]'
-	$(BIN)/python -m mmpeft.pocket.rebuild runs/pocket
+	OMP_NUM_THREADS=1 $(BIN)/python -m mmpeft.pocket.rebuild runs/pocket
 
 clean:
 	rm -rf .venv build dist runs

@@ -36,7 +36,7 @@ def style(run: Run) -> dict:
     bank.load(out / "adapter", name="style")
     scores = score(bank, draw, run)
     rows = [scores.before[::4], scores.after[::4], scores.without_trigger[::4]]
-    picture_grid(rows, row_labels=["before", "after", "no trigger"]).save(OUT / f"{run.images}.png")
+    picture_grid(rows, row_labels=["before", "after", "no trigger"], cell=96).save(OUT / f"{run.images}.png")
     return {"train_seconds": measured["train_seconds"], "steps": measured["steps"], **scores.as_dict()}
 
 
@@ -52,7 +52,9 @@ def subject(run: Run) -> dict:
     before = draw(prompts, seeds)
     with bank.using(subject=1.0):
         after = draw(prompts, seeds)
-    picture_grid([before[::2], after[::2]], row_labels=["before", "after"]).save(OUT / f"{run.images}.png")
+    picture_grid([before[::2], after[::2]], row_labels=["before", "after"], cell=96).save(
+        OUT / f"{run.images}.png"
+    )
     result = {
         "train_seconds": measured["train_seconds"],
         "steps": measured["steps"],

@@ -48,7 +48,7 @@ class VerificationReport:
                 f"not verified: the adapter changes the prediction by {self.effect:.2g}, no more than rounding does "
                 f"({self.noise:.2g}); it has learned nothing, or was not saved"
             )
-        share = f"{self.difference / self.effect:.2%} of the adapter's effect"
+        share = f"{100 * self.difference / self.effect:.2g} % of the adapter's effect"
         if self.is_ok:
             return f"verified: reloaded in stock diffusers, the prediction differs by {share}"
         return f"not verified: reloaded in stock diffusers, the prediction differs by {share}; 1 % is allowed"

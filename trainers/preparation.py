@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -47,6 +48,8 @@ class Prepared:
     folder: ImageFolder
     task: TextToImage
     lint_report: LintReport
+    prior_seconds: float
+    """that the base's own drawings took, restyling included"""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,10 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, looked: Look
     if report.errors:
         raise DataError(f"{report.errors[0].file or folder.folder}: {report.errors[0].message}")
     objective = plugins.get("objective", recipe.objective.name)(recipe.objective)
+    began = time.perf_counter()
     prior = prior_of(recipe, backbone, images, cache, accelerator)
     restyled = restyled_images(recipe, backbone, images, cache, prior, accelerator)
+    prior_seconds = time.perf_counter() - began
     methods, layers = attach(recipe, backbone, components)
     groups = learning_parameters(
         methods,
@@ -159,7 +164,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, looked: Look
         restyled=restyled,
         prior=prior,
     )
-    return Prepared(recipe, backbone, methods, folder, task, report)
+    return Prepared(recipe, backbone, methods, folder, task, report, prior_seconds)
 
 
 def cache_of(recipe: Recipe) -> TensorCache:

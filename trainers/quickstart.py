@@ -77,9 +77,10 @@ def quickstart(out: Path) -> str:
     bank.load(out / "style" / "adapter", name="style")
     bank.load(out / "second" / "adapter", name="second")
     scores = score(bank, draw, STYLE)
-    mixed, fused = mix_and_fuse(bank, draw, out / "mix.png")
+    with backbone.exactly():  # float32, so that a difference is the fusion's and not half precision's
+        mixed, fused = mix_and_fuse(bank, draw, out / "mix.png")
     rows = [scores.before[::4], scores.after[::4], scores.without_trigger[::4]]
-    picture_grid(rows, row_labels=["before", "after", "no trigger"]).save(out / "before_after.png")
+    picture_grid(rows, row_labels=["before", "after", "no trigger"], cell=96).save(out / "before_after.png")
     report = {
         "train_seconds": style_run["train_seconds"],
         "steps": style_run["steps"],
@@ -91,6 +92,7 @@ def quickstart(out: Path) -> str:
         "base_bytes": sum(file.stat().st_size for file in pocket_folder().rglob("*") if file.is_file()),
         **scores.as_dict(),
         "judges": PocketJudges(judges_folder()).digests,
+        **{key: style_run[key] for key in ("prior_seconds", "prior_share")},
         "second_adapter": {
             key: second_run[key] for key in ("train_seconds", "steps", "trainable_parameters")
         },

@@ -205,6 +205,12 @@ class TextToImage:
         """Count the numbers that learn."""
         return sum(p.numel() for group in self.parameter_groups for p in group.parameters.values())
 
+    @property
+    def prior_share(self) -> float:
+        """Give the share of what goes through the model that is the frozen base's own prior."""
+        beside = self._objective.settings.prior.share if self._prior is not None else 0.0
+        return round(beside / (1 + beside), 4)
+
     def some_captions(self, count: int) -> list[str]:
         """Give up to `count` different captions as the model reads them, without dropout."""
         return list(dict.fromkeys(self._images.captions()))[:count]

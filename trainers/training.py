@@ -14,7 +14,7 @@ from typing import Any
 from mmpeft.config import Recipe
 from mmpeft.errors import ConfigError
 from mmpeft.trainers import artefact, launch, loop
-from mmpeft.trainers.preparation import prepare
+from mmpeft.trainers.preparation import look, prepare, prior_settings
 from mmpeft.trainers.presets import resolve
 
 
@@ -70,13 +70,17 @@ def train(
     if not resume and any((recipe.out / name).exists() for name in ("checkpoints", "adapter")):
         raise ConfigError(f"{recipe.out} holds a run; add --resume to go on with it, or choose another --out")
     accelerator = launch.accelerator(recipe.train.processes)
-    prepared = prepare(recipe, accelerator)
+    looked = look(recipe)
     if accelerator.is_main_process:
-        print(prepared.lint_report.text(), flush=True)
-        print(
-            f"attention: {prepared.backbone.attention}; computing in {prepared.backbone.compute_dtype}",
-            flush=True,
-        )
+        print(looked.lint_report.text(), flush=True)
+        backbone, drawings = looked.backbone, prior_settings(recipe).pictures
+        print(f"attention: {backbone.attention}; computing in {backbone.compute_dtype}", flush=True)
+        if drawings:
+            print(
+                f"the base draws up to {drawings} pictures of its own first, which stay as they are",
+                flush=True,
+            )
+    prepared = prepare(recipe, accelerator, looked)
     outcome = loop.train(
         prepared.task,
         recipe.train,
@@ -100,6 +104,8 @@ def train(
         "steps": outcome.steps,
         "loop_seconds": round(outcome.seconds, 2),
         "images_per_second": round(outcome.samples / outcome.seconds, 2) if outcome.seconds else None,
+        "prior_seconds": round(prepared.prior_seconds, 2),
+        "prior_share": prepared.task.prior_share,
         "train_seconds": round(run_seconds(), 2),
         "peak_memory_bytes": peak_memory_bytes(),
         "trainable_parameters": prepared.task.trainable_parameters,
