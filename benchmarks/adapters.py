@@ -4,7 +4,8 @@
 
 Each is trained by the command that it prints, in a process of its own. Styles are scored as in the quickstart. The
 subject's held-out expressions are scored like content: how often the concept judge calls the picture what it calls
-most of the real ones, a cat face; and how often the style judge sees the style in which the real ones are drawn.
+most of the real ones, a cat face; and how often the style judge sees the style in which the real ones are drawn. With
+three captions, its intervals are over pictures.
 """
 
 import json
@@ -66,7 +67,7 @@ def subject(run: Run) -> dict:
             ("style", judges.style_is(pictures, CAT_STYLE)),
         ):
             result[f"{score_name}_{name}"] = round(sum(hits) / len(hits), 4)
-            result[f"{score_name}_{name}_interval"] = interval(hits, groups=prompts)
+            result[f"{score_name}_{name}_interval"] = interval(hits)
     return result
 
 

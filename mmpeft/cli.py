@@ -9,7 +9,6 @@ import cyclopts
 
 import mmpeft
 from mmpeft.errors import MmpeftError
-from mmpeft.trainers import launch
 
 # Short forms of settings that are said often.
 SHORT_FORMS = {
@@ -30,6 +29,8 @@ FUNCTIONS = {"train": "_train", "plan": "_plan", "plugins": "plugins_command"}
 
 def main() -> None:
     """Run the command line; errors that are ours are one line and exit with 2."""
+    from mmpeft.trainers import launch
+
     launch.prepare_threads()
     quieten_libraries(os.environ)
     try:

@@ -54,7 +54,7 @@ def resolve(
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     if path.suffix == ".toml":
-        return read_toml(path), path.stem
+        return nested(read_toml(path)), path.stem
     if path.is_dir():
         return {"data": {"images": str(path)}}, path.resolve().name
     if path.exists():

@@ -9,13 +9,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmpeft.config import Recipe
 from mmpeft.errors import ConfigError
 from mmpeft.trainers import artefact, launch, loop
 from mmpeft.trainers.preparation import look, prepare, prior_settings
 from mmpeft.trainers.presets import resolve
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def train(
         resume=resume,
         accelerator=accelerator,
     )
+    peak = summed_over_processes(peak_memory_bytes(), accelerator)
     adapter_dir = recipe.out / "adapter"
     if outcome.stopped_by:
         return TrainResult(adapter_dir, {}, outcome.steps, run_seconds(), True, "", outcome.stopped_by)
@@ -107,7 +111,8 @@ def train(
         "prior_seconds": round(prepared.prior_seconds, 2),
         "prior_share": prepared.task.prior_share,
         "train_seconds": round(run_seconds(), 2),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak,
+        "peak_memory_bytes_with_verification": peak_memory_bytes(),
         "trainable_parameters": prepared.task.trainable_parameters,
         "base_parameters": prepared.backbone.parameter_count,
         "train_loss": outcome.final_loss,
@@ -131,3 +136,11 @@ def peak_memory_bytes() -> int:
     """Give the most memory that this process ever held, bytes."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if platform.system() == "Darwin" else kilobytes * 1024
+
+
+def summed_over_processes(number: int, accelerator: Accelerator) -> int:
+    """Add a number up over the processes of a run, exactly."""
+    import torch
+
+    total = accelerator.reduce(torch.tensor(number, dtype=torch.float64, device=accelerator.device), "sum")
+    return int(total.item())

@@ -34,8 +34,8 @@ _ATTENTION = (
 _MLP = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "mlp.fc1", "mlp.fc2")
 _CONV = ("conv1", "conv2", "conv_shortcut", "downsamplers.*.conv", "upsamplers.*.conv")
 
-# Above this many parameters the denoiser's and text encoder's matrices are stored in the compute type, which halves
-# their memory; autocast would cast them to the same numbers. Below it float32 is kept: exact, and as fast.
+# Above this many parameters the denoiser and the text encoder are rounded to the compute type and their matrices stored
+# in it, which halves their memory; autocast would compute with the same. Below it float32 is kept: exact, and as fast.
 _STORE_HALF_ABOVE = 250_000_000
 # Pixels, and pictures, that are drawn at once.
 _PIXELS_AT_ONCE = 2 * 512 * 512
@@ -121,7 +121,9 @@ class StableDiffusion(ImageBackbone):
             BaseError: it cannot be found, reached or read, or is no Stable Diffusion 1.x or 2.x.
             ConfigError: the precision, attention or clip skip that is asked for cannot be had.
         """
-        return cls(load_pipeline(settings.name, settings.config), settings)
+        dtype = choose_dtype(settings.precision, _device())
+        half = dtype if dtype != torch.float32 else None
+        return cls(load_pipeline(settings.name, settings.config, half), settings)
 
     @property
     def title(self) -> str:
@@ -281,14 +283,12 @@ class StableDiffusion(ImageBackbone):
     def plain_pipeline(self) -> Any:
         """Load the base anew as a stock StableDiffusionPipeline in float32, silent and in evaluation mode.
 
-        Where this backbone stores matrices in half precision, they are rounded alike, so that a difference is an
-        adapter's.
+        Where this backbone stores matrices in half precision, the weights are rounded alike, so that a difference
+        is an adapter's.
         """
         pipeline = load_pipeline(self._settings.name, self._settings.config)
         if self._stored_half:
-            matrices = _matrices(pipeline.unet, pipeline.text_encoder)
-            _cast(matrices, self.compute_dtype)
-            _cast(matrices, torch.float32)
+            _round(pipeline.unet, pipeline.text_encoder, dtype=self.compute_dtype, stored=())
         pipeline.to(self.device)
         return pipeline
 
@@ -384,6 +384,14 @@ def _matrices(*models: nn.Module) -> list[nn.Parameter]:
     """List the parameters of linear and convolution layers: what autocast computes in half precision."""
     layers = (m for model in models for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+
+
+def _round(*models: nn.Module, dtype: torch.dtype, stored: Sequence[nn.Parameter]) -> None:
+    """Round parameters to a type; those that are not stored in it become float32 again, for norms need it."""
+    kept = {id(parameter) for parameter in stored}
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        rounded = parameter.data.to(dtype)
+        parameter.data = rounded if id(parameter) in kept else rounded.float()
 
 
 def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmpeft.backbones.pocket import pocket_folder
 from mmpeft.errors import BaseError
 from mmpeft.plugins import near_miss
@@ -16,13 +18,19 @@ from mmpeft.plugins import near_miss
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
-def load_pipeline(name: str, config: Path | None = None) -> Any:
-    """Load a stock StableDiffusionPipeline in float32, in evaluation mode and without a progress bar.
+# A UNet with more bytes on disk than this is read in half precision when it is computed in that anyway.
+_LARGE_UNET_BYTES = 500_000_000
+
+
+def load_pipeline(name: str, config: Path | None = None, half: torch.dtype | None = None) -> Any:
+    """Load a stock StableDiffusionPipeline, in evaluation mode and without a progress bar.
 
     Args:
         name: "pocket", a diffusers folder, a .safetensors file with the original names, or a hub name.
         config: for a file, a diffusers folder whose configuration and tokenizer are taken; without it they are
             looked up on the hub.
+        half: what a large UNet and its text encoder are read in, which never holds them in float32; everything else is
+            float32.
 
     Raises:
         BaseError: it cannot be found, reached or read, or is no Stable Diffusion 1.x or 2.x.
@@ -35,15 +43,17 @@ def load_pipeline(name: str, config: Path | None = None) -> Any:
     if path.suffix == ".safetensors":
         pipeline = _from_single_file(path, config)
     elif path.is_dir():
-        pipeline = _from_folder(path)
+        pipeline = _from_folder(path, half if _unet_bytes(path) > _LARGE_UNET_BYTES else None)
     elif _looks_like_path(name):
         raise BaseError(f"there is no base {name}{_sibling(path)}")
     else:
-        pipeline = _from_hub(name)
+        pipeline = _from_hub(name, half)
     _check_parts(pipeline, name)
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        model.float().eval()
+        if half is None or model.dtype != half:
+            model.float()
+        model.eval()
     return pipeline
 
 
@@ -55,16 +65,16 @@ def plain_title(name: str) -> str:
     return path.resolve().name if path.is_dir() or _looks_like_path(name) else name
 
 
-def _from_folder(folder: Path) -> Any:
+def _from_folder(folder: Path, half: torch.dtype | None) -> Any:
     index = folder / "model_index.json"
     if not index.is_file():
         hint = "; it is one component: give the folder above it" if (folder / "config.json").is_file() else ""
         raise BaseError(f"{folder} is no diffusers folder: it has no model_index.json{hint}")
     _check_class(json.loads(index.read_text(encoding="utf-8")), folder.name)
-    return _from_pretrained(str(folder), f"{folder} cannot be read", local_files_only=True)
+    return _from_pretrained(str(folder), f"{folder} cannot be read", half, local_files_only=True)
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str, half: torch.dtype | None) -> Any:
     advice = "give a folder or a file on this machine, or pocket, the base that needs no download"
     hint = near_miss(name, ["pocket", *_names_in(Path())]) if "/" not in name else _sibling(Path(name))
     hint = hint if "did you mean" in hint else ""
@@ -72,10 +82,10 @@ def _from_hub(name: str) -> Any:
         f"there is no folder {name} here{hint}, and no base of this name could be had from the hub; check the name "
         f"and the connection (HF_HUB_OFFLINE must not be set for a first download), or {advice}"
     )
-    return _from_pretrained(name, failure, local_files_only=False)
+    return _from_pretrained(name, failure, half, local_files_only=False)
 
 
-def _from_pretrained(name: str, failure: str, *, local_files_only: bool) -> Any:
+def _from_pretrained(name: str, failure: str, half: torch.dtype | None, *, local_files_only: bool) -> Any:
     try:
         with _quiet():
             from diffusers import StableDiffusionPipeline
@@ -84,6 +94,7 @@ def _from_pretrained(name: str, failure: str, *, local_files_only: bool) -> Any:
                 _check_class(StableDiffusionPipeline.load_config(name), name)
             return StableDiffusionPipeline.from_pretrained(
                 name,
+                torch_dtype={"unet": half, "text_encoder": half, "default": torch.float32} if half else None,
                 use_safetensors=True,
                 local_files_only=local_files_only,
                 safety_checker=None,
@@ -152,6 +163,10 @@ def _looks_like_path(name: str) -> bool:
 def _sibling(path: Path) -> str:
     names = _names_in(path.parent)
     return near_miss(path.name, names) if "did you mean" in near_miss(path.name, names) else ""
+
+
+def _unet_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
 
 
 def _names_in(folder: Path) -> list[str]:
