@@ -13,7 +13,7 @@ import torch
 from mmpeft import adapter_file
 from mmpeft.backbones.base import ImageBackbone
 from mmpeft.config import PreviewSettings
-from mmpeft.verification import VerificationReport, verify
+from mmpeft.verification import VerificationReport, predict, verify
 
 PREVIEW = "preview.png"
 
@@ -31,9 +31,11 @@ def finish(
         captions: some that it was trained on, with the trigger.
         preview: its first prompt is the one on the card; without prompts there is no preview.
     """
-    plain = backbone.plain_pipeline()
     with backbone.exactly():
-        report = verify(folder, plain, backbone.pipeline(), prompts=captions)
+        trained = predict(backbone.pipeline(), captions)
+    # Only now, so that a large base is never held twice in float32.
+    plain = backbone.plain_pipeline()
+    report = verify(folder, plain, lambda prompts, seed: trained, prompts=captions)
     if report.is_ok and preview.prompts:
         plain.load_lora_weights(str(folder))
         card, picture = _draw_preview(plain, preview)

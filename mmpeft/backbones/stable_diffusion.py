@@ -108,10 +108,10 @@ class StableDiffusion(ImageBackbone):
         # A handle beside the module, so that layer names stay and pictures of other sizes do not recompile.
         self._compiled = torch.compile(self._unet) if settings.compile else self._unet
         self._exact = False
-        # Kept by name before adapters rename layers; the tensors are the live ones.
-        self._vae_weights = dict(self._vae.state_dict())
-        self._text_weights = dict(self._text_encoder.state_dict())
-        self._unet_weights = dict(self._unet.state_dict())
+        # Kept by name before adapters rename layers.
+        self._vae_weights = dict(self._vae.named_parameters())
+        self._text_weights = dict(self._text_encoder.named_parameters())
+        self._unet_weights = dict(self._unet.named_parameters())
 
     @classmethod
     def open(cls, settings: BaseSettings) -> Self:

@@ -95,6 +95,8 @@ def _from_pretrained(name: str, failure: str, half: torch.dtype | None, *, local
             return StableDiffusionPipeline.from_pretrained(
                 name,
                 torch_dtype={"unet": half, "text_encoder": half, "default": torch.float32} if half else None,
+                # a mapped file's pages stay beside the copies that other memory layouts make of them
+                disable_mmap=half is not None,
                 use_safetensors=True,
                 local_files_only=local_files_only,
                 safety_checker=None,
