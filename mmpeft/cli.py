@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print."""
 
+import logging
 import os
 import sys
 import warnings
@@ -100,6 +101,8 @@ def quieten_libraries(environment: "os._Environ[str] | dict[str, str]") -> None:
     """
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         environment.setdefault(name, "error")
+    # PEFT imports it where it is installed, and it then misses an optional package aloud.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="mmpeft")

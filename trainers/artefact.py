@@ -12,6 +12,7 @@ import torch
 
 from mmpeft import adapter_file
 from mmpeft.backbones.base import ImageBackbone
+from mmpeft.backbones.stable_diffusion_files import quietly
 from mmpeft.config import PreviewSettings
 from mmpeft.verification import VerificationReport, predict, verify
 
@@ -35,7 +36,8 @@ def finish(
         trained = predict(backbone.pipeline(), captions)
     # Only now, so that a large base is never held twice in float32.
     plain = backbone.plain_pipeline()
-    report = verify(folder, plain, lambda prompts, seed: trained, prompts=captions)
+    with quietly():
+        report = verify(folder, plain, lambda prompts, seed: trained, prompts=captions)
     if report.is_ok and preview.prompts:
         plain.load_lora_weights(str(folder))
         card, picture = _draw_preview(plain, preview)

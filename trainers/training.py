@@ -102,7 +102,7 @@ def train(
     if not accelerator.is_main_process:
         return TrainResult(adapter_dir, {}, outcome.steps, run_seconds(), True, "")
     report = artefact.finish(
-        prepared.backbone, adapter_dir, captions=prepared.task.some_captions(4), preview=recipe.preview
+        prepared.backbone, adapter_dir, captions=prepared.task.some_captions(2), preview=recipe.preview
     )
     metrics = {
         "steps": outcome.steps,

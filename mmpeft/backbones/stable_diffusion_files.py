@@ -87,7 +87,7 @@ def _from_hub(name: str, half: torch.dtype | None) -> Any:
 
 def _from_pretrained(name: str, failure: str, half: torch.dtype | None, *, local_files_only: bool) -> Any:
     try:
-        with _quiet():
+        with quietly():
             from diffusers import StableDiffusionPipeline
 
             if not local_files_only:
@@ -118,7 +118,7 @@ def _from_single_file(path: Path, config: Path | None) -> Any:
     if config is not None:
         _check_class(json.loads((config / "model_index.json").read_text(encoding="utf-8")), config.name)
     try:
-        with _quiet():
+        with quietly():
             from diffusers import StableDiffusionPipeline
 
             return StableDiffusionPipeline.from_single_file(
@@ -181,7 +181,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep loading bars and notes about optional packages off the terminal, and put the libraries' logging back."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
