@@ -39,12 +39,20 @@ class StepGradient:
     Backward passes add up in it, and one all-reduce sums it over the processes. A process without a micro-batch
     takes part with zeros, so that any split of a step gives the same mean.
 
+    Args:
+        loss_scale: what each loss is multiplied with before its backward pass, and the sum divided by after it: a power
+            of two, which changes no digit, but keeps small gradients inside float16's range (Micikevicius et al. 2017,
+            "Mixed Precision Training", arXiv:1710.03740, section 3.2).
+
     Raises:
         TrainingError: a parameter is not float32, or not on the accelerator's device.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], accelerator: "Accelerator") -> None:
+    def __init__(
+        self, groups: Sequence[ParameterGroup], accelerator: "Accelerator", loss_scale: float = 1.0
+    ) -> None:
         self._groups = tuple(groups)
+        self._loss_scale = loss_scale
         self._accelerator = accelerator
         self._learning: tuple[str, ...] | None = None
         self._buffer = torch.empty(0)
@@ -66,7 +74,7 @@ class StepGradient:
 
     def add(self, loss_sum: Tensor, count: int) -> None:
         """Run the backward pass of one micro-batch's loss sum, a scalar, and add its tallies."""
-        loss_sum.backward()
+        (loss_sum * self._loss_scale).backward()
         self._buffer[-3] += loss_sum.detach()
         self._buffer[-2] += count
 
@@ -77,7 +85,7 @@ class StepGradient:
             self._buffer.copy_(self._accelerator.reduce(self._buffer, reduction="sum"))
         loss_sum, count, stops = self._buffer[-_TALLIES:].tolist()
         gradient = self._buffer[:-_TALLIES]
-        gradient.div_(max(count, 1.0))
+        gradient.div_(max(count, 1.0) * self._loss_scale)
         norm = torch.linalg.vector_norm(gradient).item()
         return StepTotal(loss_sum / max(count, 1.0), count, norm, stops > 0)
 

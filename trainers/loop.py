@@ -186,7 +186,7 @@ class _Loop:
         self.validate_every, self.preview_every = validate_every, preview_every
         self.step_size = settings.batch_size * settings.accumulate * settings.processes
         self.parameters = {f"{g.name}.{name}": p for g in groups for name, p in g.parameters.items()}
-        self.gradient = StepGradient(groups, accelerator)
+        self.gradient = StepGradient(groups, accelerator, task.loss_scale)
         self.optimizer = optimizers.build(settings, groups)
         self.average: MovingAverage | None = None
         self.progress = Progress()

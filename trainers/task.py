@@ -37,6 +37,10 @@ class Task(Protocol):
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """What learns."""
 
+    @property
+    def loss_scale(self) -> float:
+        """What losses are scaled by on their way through the model: 1, but for float16."""
+
     def loss(
         self, samples: Sequence[tuple[int, int]], *, step: int, epoch: int, step_size: int
     ) -> tuple[Tensor, int]:

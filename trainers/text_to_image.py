@@ -164,6 +164,8 @@ class TextToImage:
         self._held_out = held_out
         self._preview = preview or PreviewSettings()
         self._prior = prior
+        # bfloat16 and float32 have the range; float16 would round small gradients to 0
+        self.loss_scale = 1024.0 if backbone.compute_dtype == torch.float16 else 1.0
         self._text_learns = any(name.startswith("text_encoder") for name in methods)
 
     def loss(self, samples: Samples, *, step: int, epoch: int, step_size: int) -> tuple[Tensor, int]:

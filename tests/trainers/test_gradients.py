@@ -56,6 +56,33 @@ def test_clipping_is_torchs_over_all_parameters(largest):
         torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-5, atol=1e-7)
 
 
+def step_gradient(scale, loss_of):
+    parameter = nn.Parameter(torch.linspace(-1, 1, 7))
+    groups = [ParameterGroup("only", {"w": parameter}, 1.0)]
+    gradient = StepGradient(groups, launch.accelerator(), scale)
+    gradient.open(groups)
+    gradient.add(loss_of(parameter), 4)
+    gradient.close(stop=False)
+    return parameter.grad.clone()
+
+
+def test_a_loss_scale_changes_no_digit_in_float32():
+    def loss_of(parameter):
+        return (torch.sin(parameter) * 3).square().sum()
+
+    assert torch.equal(step_gradient(1.0, loss_of), step_gradient(1024.0, loss_of))
+
+
+def test_a_loss_scale_keeps_gradients_that_float16_would_lose():
+    def loss_of(parameter):
+        # On its way back the gradient, 1e-8, passes float16, whose smallest number is 6e-8.
+        return (parameter.to(torch.float16).float() * 1e-8).sum()
+
+    assert torch.equal(step_gradient(1.0, loss_of), torch.zeros(7))
+    # 1e-5 is subnormal in float16: about seven significant bits.
+    torch.testing.assert_close(step_gradient(1024.0, loss_of), torch.full((7,), 1e-8 / 4), rtol=1e-2, atol=0)
+
+
 def test_what_does_not_learn_has_no_gradient_until_it_is_released():
     groups = two_groups()
     (first,), (second,) = (group.parameters.values() for group in groups)

@@ -21,6 +21,8 @@ class TinyTask:
         poison: sample that gives a loss that is not finite, if any.
     """
 
+    loss_scale = 1.0
+
     def __init__(
         self,
         groups: Sequence[int] = (0,) * 7 + (1,) * 5,
