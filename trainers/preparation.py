@@ -90,8 +90,13 @@ def look(recipe: Recipe) -> Looked:
     )
     components = {name: settings for name, settings in recipe.components.items() if settings.train}
     components = components or {backbone.main_component: ComponentSettings()}
-    report = replace(report, findings=(*report.findings, *trigger_findings(backbone, images, components)))
-    return Looked(backbone, images, components, report)
+    more = trigger_findings(backbone, images, components)
+    if data.crop == "random":
+        message = (
+            "random crop is drawn anew at each visit: latents are not cached, and each step runs the VAE"
+        )
+        more.append(Finding("note", None, message, "cache"))
+    return Looked(backbone, images, components, replace(report, findings=(*report.findings, *more)))
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator | None = None, looked: Looked | None = None) -> Prepared:

@@ -325,3 +325,32 @@ def test_a_trigger_that_the_text_encoder_does_not_see_is_said(photos, tmp_path, 
 def test_a_rank_pattern_that_names_nothing_is_an_error(photos, tiny_sd_folder, tmp_path):
     with pytest.raises(mmpeft.MmpeftError, match=r"'up_blocks\.9' names no layer that learns"):
         run(photos, tiny_sd_folder, tmp_path / "run", method__rank_pattern={"up_blocks.9": 3})
+
+
+def test_a_run_that_learns_nothing_is_not_called_verified_and_keeps_what_it_made(
+    photos, tiny_sd_folder, tmp_path
+):
+    result = run(
+        photos, tiny_sd_folder, tmp_path / "run", train__learning_rate=1e-30, train__weight_decay=0.0
+    )
+    assert not result.verified
+    assert "it has learned nothing, or was not saved" in result.text()
+    assert (result.adapter_dir / "pytorch_lora_weights.safetensors").exists()
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_the_command_line_exits_with_an_error_when_the_adapter_is_not_verified(
+    photos, tiny_sd_folder, tmp_path
+):
+    command = ["train", photos, "--base", tiny_sd_folder, "--out", tmp_path / "run", "--steps", "1"]
+    command += ["--train.learning_rate", "1e-30", "--train.batch_size", "2", "--train.weight_decay", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmpeft.cli", *map(str, command)], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "not verified" in done.stdout
+
+
+def test_random_crop_says_that_it_goes_without_a_latent_cache(photos, tiny_sd_folder, tmp_path, capsys):
+    run(photos, tiny_sd_folder, tmp_path / "run", data__crop="random", train__steps=1)
+    assert "random crop is drawn anew at each visit: latents are not cached" in capsys.readouterr().out
