@@ -16,7 +16,7 @@ from mmpeft.backbones.base import ImageBackbone
 from mmpeft.backbones.pocket import image_folder, judges_folder, pocket_folder
 from mmpeft.bank import AdapterBank, attach
 from mmpeft.config import BaseSettings, Recipe
-from mmpeft.errors import TrainingError
+from mmpeft.errors import ConfigError, TrainingError
 from mmpeft.evaluation.judges import PocketJudges
 from mmpeft.evaluation.style import Draw, StyleScores, score_style
 from mmpeft.picture_grid import picture_grid
@@ -67,8 +67,10 @@ def quickstart(out: Path) -> str:
     """Train, mix, fuse, measure; write adapter/, before_after.png, mix.png and report.json, and say where to look.
 
     Raises:
+        ConfigError: the folder holds something that no quickstart made.
         TrainingError: one of the trainings failed.
     """
+    claim(out)
     style_run, second_run = STYLE.start(out / "style"), SECOND.start(out / "second")
     shutil.rmtree(out / "adapter", ignore_errors=True)
     shutil.copytree(out / "style" / "adapter", out / "adapter")
@@ -102,6 +104,19 @@ def quickstart(out: Path) -> str:
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return summary(report, out)
+
+
+def claim(out: Path) -> None:
+    """Mark a folder as the quickstart's own, which it may write anew.
+
+    Raises:
+        ConfigError: it holds something and bears no mark.
+    """
+    mark = out / ".quickstart"
+    if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} holds something else; give the quickstart a folder of its own with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def open_pocket() -> tuple[ImageBackbone, Draw]:
