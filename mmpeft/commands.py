@@ -96,7 +96,7 @@ def _train(
     result = train(recipe, resume=resume)
     if not int(rank or 0):
         print(result.text())
-    sys.exit(128 + result.stopped_by if result.stopped_by else 0 if result.verified else 1)
+    sys.exit(128 + result.stopped_by if result.stopped_by else int(result.verified is False))
 
 
 def _plan(

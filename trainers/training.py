@@ -30,8 +30,9 @@ class TrainResult:
     steps: int
     seconds: float
     """from the start of the process to the verified adapter"""
-    verified: bool
-    """whether stock diffusers, loading the folder, computes what was trained"""
+    verified: bool | None
+    """whether stock diffusers, loading the folder, computes what was trained; None where it was not looked at: after an
+    early stop, and in all processes but the first"""
     verification: str
     stopped_by: int | None = None
     """number of the signal that ended the run early, after a checkpoint"""
@@ -97,10 +98,8 @@ def train(
     )
     peak = summed_over_processes(peak_memory_bytes(), accelerator)
     adapter_dir = recipe.out / "adapter"
-    if outcome.stopped_by:
-        return TrainResult(adapter_dir, {}, outcome.steps, run_seconds(), True, "", outcome.stopped_by)
-    if not accelerator.is_main_process:
-        return TrainResult(adapter_dir, {}, outcome.steps, run_seconds(), True, "")
+    if outcome.stopped_by or not accelerator.is_main_process:
+        return TrainResult(adapter_dir, {}, outcome.steps, run_seconds(), None, "", outcome.stopped_by)
     report = artefact.finish(
         prepared.backbone, adapter_dir, captions=prepared.task.some_captions(2), preview=recipe.preview
     )
