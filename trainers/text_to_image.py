@@ -54,27 +54,27 @@ class CaptionedImages:
         self._cache = cache
         self._seed = seed
         self._clip_skip = clip_skip
-        # Few captions and small latents: what was read once stays in memory, bounded.
-        self._posterior_of = lru_cache(maxsize=4096)(self._cached_posterior)
-        self._embedding_of = lru_cache(maxsize=4096)(self._cached_embedding)
+        # What was read once stays in memory, bounded: at Stable Diffusion's size 512 entries are 64 and 120 MB.
+        self._posterior_of = lru_cache(maxsize=512)(self._cached_posterior)
+        self._embedding_of = lru_cache(maxsize=512)(self._cached_embedding)
 
     def bucket(self, sample: int) -> Bucket:
         """Give the size at which a sample is trained on."""
         return choose_bucket(self.folder.records[self.folder.samples[sample]].size, self.buckets)
 
-    def caption(self, sample: int, epoch: int, *, trigger: bool = True, dropout: bool = True) -> str:
-        """Say what the model reads for a sample at a visit; without trigger, what the frozen base would be asked."""
-        return self._final(self.folder.samples[sample], sample, epoch, trigger=trigger, dropout=dropout)
+    def caption(self, sample: int, epoch: int, *, dropout: bool = True) -> str:
+        """Say what the model reads for a sample at a visit."""
+        return self._final(self.folder.samples[sample], sample, epoch, dropout=dropout)
 
     def captions(self) -> list[str]:
         """Say for each record what the model reads at the first visit, without dropout."""
         return [self._final(place, place, 0, dropout=False) for place in range(len(self.folder.records))]
 
-    def _final(self, place: int, sample: int, epoch: int, *, trigger: bool = True, dropout: bool) -> str:
+    def _final(self, place: int, sample: int, epoch: int, *, dropout: bool) -> str:
         settings = self.folder.settings
         return final_caption(
             self.folder.records[place].caption,
-            trigger=settings.trigger if trigger else None,
+            trigger=settings.trigger,
             trigger_position=settings.trigger_position,
             dropout=settings.caption_dropout if dropout else 0.0,
             shuffle_tags=settings.shuffle_tags,
@@ -151,8 +151,8 @@ class TextToImage:
         restyled: CaptionedImages | None = None,
         prior: Prior | None = None,
     ) -> None:
-        self._sets = [images] if restyled is None else [images, restyled]
-        self._places = [(each, sample) for each in self._sets for sample in range(len(each.folder.samples))]
+        sets = [images] if restyled is None else [images, restyled]
+        self._places = [(each, sample) for each in sets for sample in range(len(each.folder.samples))]
         self.groups = [each.bucket(sample) for each, sample in self._places]
         self.parameter_groups = parameter_groups
         self._backbone = backbone
@@ -174,14 +174,13 @@ class TextToImage:
         chosen = [self._places[index] for _, index in samples]
         posteriors = [images.posterior(sample, epoch) for images, sample in chosen]
         mean, log_variance = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-        default = self._objective.settings.timesteps
         batch = ImageBatch(
             mean=mean,
             log_variance=log_variance,
             conditioning=self._conditioning([images.caption(sample, epoch) for images, sample in chosen]),
             positions=positions,
             step_size=step_size,
-            ranges=tuple(images.timesteps or default for images, _ in chosen),
+            ranges=tuple(images.timesteps for images, _ in chosen),
             prior=self._prior_beside(positions, step),
         )
         return self._objective.loss(self._backbone, batch, seed=self._seed, step=step)

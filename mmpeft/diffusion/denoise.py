@@ -102,7 +102,8 @@ class ImageBatch:
         conditioning: what `ImageBackbone.encode_text` gives, batch first.
         positions: each sample's place in the whole optimiser step (in validation: in the whole set).
         step_size: samples of the whole optimiser step, over accumulation and processes.
-        ranges: of each sample the first and last timestep that it is taught at; none takes the settings' for all.
+        ranges: of each sample the first and last timestep that it is taught at, None where the settings say it; without
+            any, the settings say it for all.
         prior: what goes through the model beside the samples, to stay as it is.
     """
 
@@ -111,7 +112,7 @@ class ImageBatch:
     conditioning: Mapping[str, Tensor]
     positions: tuple[int, ...]
     step_size: int
-    ranges: tuple[tuple[int, int], ...] | None = None
+    ranges: tuple[tuple[int, int] | None, ...] | None = None
     prior: PriorBatch | None = None
 
 
@@ -225,7 +226,7 @@ class Denoise:
         *,
         seed: int,
         step: int,
-        ranges: Sequence[tuple[int, int]] | None = None,
+        ranges: Sequence[tuple[int, int] | None] | None = None,
     ) -> Tensor:
         """Draw one timestep per sample, spread evenly over the whole optimiser step (stratified).
 
@@ -243,7 +244,8 @@ class Denoise:
             [(q / (1 - share) if q < 1 - share else 1 + (q - 1 + share) / share) / 2 for q in place],
             dtype=torch.float64,
         )
-        first, last = torch.tensor(ranges or [self.settings.timesteps] * len(positions)).T
+        own = ranges or [None] * len(positions)
+        first, last = torch.tensor([each or self.settings.timesteps for each in own]).T
         return torch.minimum((first + quantile * (last + 1 - first)).long(), last)
 
     def _weight(self, schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:

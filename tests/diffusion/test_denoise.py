@@ -173,6 +173,10 @@ def test_each_sample_may_have_its_own_timesteps():
     )
     assert drawn[:, ::2].max() <= 99
     assert drawn[:, 1::2].min() >= 900
+    settled = Denoise(DenoiseSettings(timesteps=(400, 499)))
+    mixed = settled.draw_timesteps(range(4), 4, seed=0, step=0, ranges=[None, (0, 99)] * 2)
+    assert all(400 <= timestep <= 499 for timestep in mixed[::2])
+    assert mixed[1::2].max() <= 99
 
 
 def test_an_even_share_of_a_step_brings_prior_samples_whatever_the_split():
