@@ -80,7 +80,7 @@ def quickstart(out: Path) -> str:
     bank.load(out / "second" / "adapter", name="second")
     scores = score(bank, draw, STYLE)
     with backbone.exactly():  # float32, so that a difference is the fusion's and not half precision's
-        mixed, fused = mix_and_fuse(bank, draw, out / "mix.png")
+        fusion = mix_and_fuse(bank, draw, out / "mix.png")
     rows = [scores.before[::4], scores.after[::4], scores.without_trigger[::4]]
     picture_grid(rows, row_labels=["before", "after", "no trigger"], cell=96).save(out / "before_after.png")
     report = {
@@ -98,9 +98,7 @@ def quickstart(out: Path) -> str:
         "second_adapter": {
             key: second_run[key] for key in ("train_seconds", "steps", "trainable_parameters")
         },
-        "fused_minus_live": fused["fused_minus_live"],
-        "unfuse_is_bit_exact": fused["unfuse_is_bit_exact"],
-        "mixed_pictures": mixed,
+        **fusion,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return summary(report, out)
@@ -159,7 +157,7 @@ def captions(images: str, part: str) -> list[str]:
     ]
 
 
-def mix_and_fuse(bank: AdapterBank, draw: Draw, sheet: Path) -> tuple[int, dict[str, Any]]:
+def mix_and_fuse(bank: AdapterBank, draw: Draw, sheet: Path) -> dict[str, Any]:
     """Draw both adapters alone and together; fuse the mix, and measure what fusing and unfusing changed."""
     import numpy as np
 
@@ -190,7 +188,8 @@ def mix_and_fuse(bank: AdapterBank, draw: Draw, sheet: Path) -> tuple[int, dict[
     )
     labels = ["base", "style", "second", "both", "half style"]
     picture_grid([list(column) for column in zip(*rows, strict=True)], column_labels=labels).save(sheet)
-    return len(rows) * len(prompts), {
+    return {
+        "mixed_pictures": len(rows) * len(prompts),
         "fused_minus_live": round(difference, 6),
         "unfuse_is_bit_exact": bank.weights_digest() == before,
     }
