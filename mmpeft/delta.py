@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -31,11 +30,6 @@ class Delta(ABC):
     @abstractmethod
     def norm(self) -> float:
         """Give the Frobenius norm."""
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(out, everything else), the shape of the weight seen as a matrix."""
-        return self.shape[0], prod(self.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)

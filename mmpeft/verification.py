@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ TIMESTEPS = (50, 500, 950)
 ALLOWED_DIFFERENCE = 0.01
 # Of the prediction: float32 sums of some thousand terms in another order differ by less.
 NUMERICAL_NOISE = 1e-5
-
-Predict = Callable[[Sequence[str], int], Tensor]
 
 
 @dataclass(frozen=True)
