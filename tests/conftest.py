@@ -10,8 +10,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from pathlib import Path
 from typing import Literal
 
+import hypothesis
 import pytest
 import torch
+
+# A law holds or not; how long a busy machine takes to try it says nothing. Continuous integration tries the same
+# examples every time.
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def tiny_tokenizer(token_limit: int = 16):
