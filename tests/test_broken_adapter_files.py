@@ -1,0 +1,197 @@
+"""Files that are no adapter, or a broken one: each gives one clear sentence, and nothing is unpickled."""
+
+import json
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mmpeft.adapter_file as adapter_file
+from mmpeft.errors import AdapterError, FormatError
+
+
+def good_file(folder):
+    file = folder / "x.safetensors"
+    save_file({"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(4, 2)}, file)
+    return file
+
+
+def raw(folder, header, data=b"", claim=None):
+    file = folder / "x.safetensors"
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if claim is None else claim) + text + data)
+    return file
+
+
+def truncated(folder):
+    file = good_file(folder)
+    file.write_bytes(file.read_bytes()[:-10])
+    return file
+
+
+def zipped(folder):
+    with zipfile.ZipFile(folder / "x.safetensors", "w") as archive:
+        archive.writestr("data.pkl", b"x" * 100)
+    return folder / "x.safetensors"
+
+
+def pickled(folder, name="x.safetensors"):
+    (folder / name).write_bytes(pickle.dumps({"unet.a.lora_A.weight": [1.0] * 100}, protocol=2))
+    return folder / name
+
+
+def torch_saved(folder):
+    torch.save({"a": torch.ones(3)}, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def saved(tensors, metadata=None):
+    def write(folder):
+        save_file({key: t.clone() for key, t in tensors.items()}, folder / "x.safetensors", metadata=metadata)
+        return folder / "x.safetensors"
+
+    return write
+
+
+A, B = torch.ones(2, 3), torch.ones(4, 2)
+PAIR = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B}
+BROKEN = {
+    "missing": (lambda folder: folder / "nothing", AdapterError, "there is no adapter at"),
+    "empty folder": (lambda folder: folder, FormatError, "no .safetensors file; it has nothing"),
+    "empty file": (
+        lambda folder: raw(folder, b"", claim=0).write_bytes(b"") or folder / "x.safetensors",
+        FormatError,
+        "is empty",
+    ),
+    "a few bytes": (
+        lambda folder: (folder / "x.safetensors").write_bytes(b"abc") and folder / "x.safetensors",
+        FormatError,
+        "truncated|no safetensors",
+    ),
+    "truncated": (truncated, FormatError, "truncated: its tensors need 56 bytes, 46 are there"),
+    "header of 100 GB": (
+        lambda folder: raw(folder, {}, claim=100 * 10**9),
+        FormatError,
+        "header claims 100,000,000,000 bytes",
+    ),
+    "header no JSON": (lambda folder: raw(folder, b"{not json"), FormatError, "no valid JSON table"),
+    "header no table": (lambda folder: raw(folder, b"[1, 2, 3]"), FormatError, "no valid JSON table"),
+    "header deep": (lambda folder: raw(folder, b"[" * 100_000), FormatError, "no valid JSON table"),
+    "sizes disagree": (
+        lambda folder: raw(
+            folder, {"a": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4]}}, b"1234"
+        ),
+        FormatError,
+        "contradicts itself about 'a'",
+    ),
+    "unknown type": (
+        lambda folder: raw(folder, {"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        FormatError,
+        "'a' has type Q4",
+    ),
+    "overlapping": (
+        lambda folder: raw(
+            folder, {k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"12345678"
+        ),
+        FormatError,
+        "no valid safetensors file",
+    ),
+    "no tensors": (
+        lambda folder: raw(folder, {"__metadata__": {"format": "pt"}}),
+        FormatError,
+        "holds no tensors",
+    ),
+    "zip": (zipped, AdapterError, "a pickle under another name"),
+    "torch.save": (torch_saved, AdapterError, "a pickle under another name"),
+    "bare pickle": (pickled, AdapterError, "a pickle under another name"),
+    "pickle by name": (
+        lambda folder: pickled(folder, "x.bin"),
+        AdapterError,
+        "x.bin is a pickle, which can run code",
+    ),
+    "folder with a pickle": (
+        lambda folder: pickled(folder, "a.ckpt").parent,
+        AdapterError,
+        "has only a.ckpt, a pickle",
+    ),
+    "NaN": (
+        saved({**PAIR, "unet.a.lora_A.weight": A * float("nan")}),
+        FormatError,
+        r"unet.a has numbers that are not finite in lora_A \(100 %",
+    ),
+    "ranks differ": (
+        saved({**PAIR, "unet.a.lora_B.weight": torch.ones(4, 3)}),
+        FormatError,
+        "unet.a has rank 2 in lora_A and 3 in lora_B",
+    ),
+    "half a layer": (saved({"unet.a.lora_A.weight": A}), FormatError, "unet.a has no lora_B"),
+    "odd shapes": (
+        saved({**PAIR, "unet.a.lora_A.weight": torch.ones(2, 3, 3)}),
+        FormatError,
+        "which make no layer",
+    ),
+    "magnitude": (
+        saved({**PAIR, "unet.a.lora_magnitude_vector": torch.ones(3)}),
+        FormatError,
+        r"magnitudes \(3,\); \(4,\) are needed",
+    ),
+    "unknown key": (
+        saved({**PAIR, "unet.a.hada_w1_a": A}),
+        FormatError,
+        "'unet.a.hada_w1_a' is no key of a LoRA",
+    ),
+    "bias": (saved({**PAIR, "unet.a.lora_B.bias": A}), FormatError, "'unet.a.lora_B.bias' is no key"),
+    "two tools mixed": (
+        saved({**PAIR, "lora_unet_a.lora_down.weight": A}),
+        FormatError,
+        "'lora_unet_a.lora_down.weight' is no key",
+    ),
+    "one part twice": (
+        saved({**PAIR, "unet.a.lora.down.weight": A}),
+        FormatError,
+        "unet.a has its lora_A twice",
+    ),
+    "kohya": (
+        saved({"lora_unet_a.lora_down.weight": A, "lora_unet_a.lora_up.weight": B}),
+        FormatError,
+        "look like kohya's",
+    ),
+    "no component": (saved({"a.lora_A.weight": A, "a.lora_B.weight": B}), FormatError, "without a component"),
+    "whole model": (saved({"model.diffusion_model.x": A}), FormatError, "a whole model's"),
+    "strangers": (saved({"hello": A}), FormatError, "no adapter's .first 'hello'"),
+    "settings no JSON": (
+        saved(PAIR, {"lora_adapter_metadata": "{"}),
+        FormatError,
+        "lora_adapter_metadata is no JSON object",
+    ),
+    "settings of another rank": (
+        saved(PAIR, {"lora_adapter_metadata": '{"unet.r": 7}'}),
+        FormatError,
+        "rank 2, but the file's settings say 7",
+    ),
+    "peft without settings": (
+        saved({f"base_model.model.{k[5:]}": t for k, t in PAIR.items()}),
+        FormatError,
+        "needs adapter_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_files_give_one_clear_sentence(kind, tmp_path):
+    make, error, words = BROKEN[kind]
+    path = make(tmp_path)
+    with pytest.raises(error, match=words) as caught:
+        adapter_file.load(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_with_several_files_is_not_guessed_at(tmp_path):
+    for name in ("a", "b"):
+        save_file(PAIR, tmp_path / f"{name}.safetensors")
+    with pytest.raises(FormatError, match=r"name one of a.safetensors, b.safetensors"):
+        adapter_file.load(tmp_path)
