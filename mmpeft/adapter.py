@@ -6,12 +6,14 @@ refactorings of the libraries that hold the live modules.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from mmpeft.delta import Delta
@@ -38,6 +40,19 @@ class LayerAdapter(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that it changes: (out, in) or (out, in, kh, kw)."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The numbers beside the tensors that decide what they mean (alpha, ...), sorted by name."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in sorted(fields(self), key=lambda each: each.name)  # type: ignore[arg-type]  # all are dataclasses
+            if isinstance(getattr(self, each.name), bool | int | float | str)
+        }
+
+    def bound(self, weight: Tensor) -> Self:
+        """Give a layer adapter that knows the base's weight, by reference, so that `delta` needs no argument."""
+        return self
 
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Delta:
@@ -96,6 +111,17 @@ class Adapter(Mapping[str, LayerAdapter]):
         """Give one component's layer adapters, their names without the component in front."""
         prefix = name + "."
         return {k.removeprefix(prefix): v for k, v in self._layer_adapters.items() if k.startswith(prefix)}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of layer names, methods, tensors as stored, and alphas; the same in every file format."""
+        sha = hashlib.sha256()
+        for name, layer in self._layer_adapters.items():
+            sha.update(f"{name} {layer.method} {layer.settings}".encode())
+            for part, tensor in sorted(layer.tensors.items()):
+                sha.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
 
     def __getitem__(self, layer: str) -> LayerAdapter:
         try:

@@ -76,7 +76,7 @@ def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
         ("generate", "Draw pictures with adapters mixed at given weights."),
         ("inspect", "Say what is in an adapter."),
         ("doctor", "Say what works on this machine, and how to get the rest."),
-        ("plugins", "List methods, backbones, objectives and datasets."),
+        ("plugins", "List methods, backbones, objectives, datasets and strategies."),
         ("quickstart", "Train, mix, fuse and measure two adapters on the embedded base."),
     ):
         if not (name in RECIPE_COMMANDS and list(tokens[:1]) == [name]):

@@ -229,12 +229,12 @@ def doctor() -> None:
 
 
 def plugins_command(kind: str | None = None, /) -> None:
-    """List methods, backbones, objectives and datasets.
+    """List methods, backbones, objectives, datasets and strategies.
 
     Parameters
     ----------
     kind:
-        method, backbone, objective or dataset; all of them when left out.
+        method, backbone, objective, dataset or strategy; all of them when left out.
     """
     if kind is not None and kind not in plugins.kinds():
         raise ConfigError(f"no plugin kind is called {kind!r}{plugins.near_miss(kind, plugins.kinds())}")

@@ -1,4 +1,4 @@
-"""Registries: one door for the built-in and for strangers' methods, backbones, objectives and datasets.
+"""Registries: one door for the built-in and for strangers' methods, backbones, objectives, datasets and strategies.
 
 A package adds its own through the entry point group "mmpeft.plugins": each entry point names a function
 that takes no argument and calls `register` for what it brings.
@@ -26,6 +26,18 @@ _BUILT_IN: dict[str, dict[str, str]] = {
     "objective": {
         "denoise": "mmpeft.diffusion.denoise:Denoise",
     },
+    "strategy": {
+        "sum": "mmpeft.composition.sum:sum",
+        "svd": "mmpeft.composition.svd:svd",
+        "ties": "mmpeft.composition.ties:ties",
+        "dare": "mmpeft.composition.dare:dare",
+        "dare_ties": "mmpeft.composition.dare:dare_ties",
+        "magnitude": "mmpeft.composition.magnitude:magnitude",
+        "slerp": "mmpeft.composition.slerp:slerp",
+        "knots": "mmpeft.composition.knots:knots",
+        "orthogonal": "mmpeft.composition.orthogonal:orthogonal",
+        "zip": "mmpeft.composition.zip:zip",
+    },
 }
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _BUILT_IN}
 _entry_points_loaded = False
@@ -35,8 +47,9 @@ def register(kind: str, name: str, plugin: Any) -> None:
     """Add a plugin under a name that a recipe can say.
 
     Args:
-        kind: "method", "backbone", "dataset" or "objective".
-        plugin: the class; its contract is in the `base.py` of the kind's folder.
+        kind: "method", "backbone", "dataset", "objective" or "strategy".
+        plugin: the class, or for a strategy the function; its contract is in the `base.py` of the kind's folder, or in
+            `mmpeft/composition/compose.py`.
 
     Raises:
         ConfigError: the kind is unknown, or the name is taken.

@@ -1,0 +1,250 @@
+"""Adapter weights as values: how strongly each adapter of a mix counts, and where, when and for whom.
+
+A weight is a number, per component or block, a schedule over the timestep, a mask over the image, per sample of a
+batch, for the conditional branch alone, or all of these, which then multiply.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpeft.errors import ConfigError
+from mmpeft.injection import COMPONENTS, matches
+
+# diffusers' words for the parts of a UNet, as its set_adapters takes them.
+_UNET_PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor over time, piecewise linear between points, constant before the first and after the last.
+
+    Args:
+        points: (time, factor) in the order of time; time 0 is noise, 1 is the image.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        points = tuple((float(time), float(factor)) for time, factor in self.points)
+        object.__setattr__(self, "points", points)
+        times = [time for time, _ in points]
+        if not points or times != sorted(times) or not all(0 <= time <= 1 for time in times):
+            raise ConfigError(
+                f"a schedule's points are (time, factor) with times rising from 0 (noise) to 1 (image); got {points}"
+            )
+        if not all(math.isfinite(factor) for _, factor in points):
+            raise ConfigError(f"a schedule's factors must be finite numbers; got {points}")
+
+    @classmethod
+    def window(cls, start: float, end: float) -> Schedule:
+        """Count fully from one time to another, not at all outside; the steps are as steep as float32 tells apart."""
+        edge = 1e-6
+        points = [(start - edge, 0.0), (start, 1.0), (end, 1.0), (end + edge, 0.0)]
+        return cls(tuple(point for point in points if 0 <= point[0] <= 1))
+
+    def at(self, time: Tensor) -> Tensor:
+        """Give the factor at times, any shape, float32 in [0, 1]; made of tensor operations alone."""
+        if len(self.points) == 1:
+            return torch.full_like(time, self.points[0][1])
+        times = time.new_tensor([t for t, _ in self.points])
+        factors = time.new_tensor([f for _, f in self.points])
+        right = torch.searchsorted(times, time.contiguous(), right=True).clamp(1, len(self.points) - 1)
+        width = (times[right] - times[right - 1]).clamp(min=1e-12)
+        share = ((time - times[right - 1]) / width).clamp(0, 1)
+        return factors[right - 1] + share * (factors[right] - factors[right - 1])
+
+
+class Mask:
+    """Where in the image an adapter counts: 1 fully, 0 not at all.
+
+    Args:
+        area: (H, W) numbers in [0, 1], or a PIL image (its grey values); resized to every resolution of the model.
+    """
+
+    def __init__(self, area: Any) -> None:
+        if not isinstance(area, Tensor):
+            import numpy as np
+
+            is_image = hasattr(area, "convert")
+            area = torch.as_tensor(np.asarray(area.convert("L") if is_image else area, dtype=np.float32))
+            area = area / 255 if is_image else area
+        area = area.detach().float().cpu().contiguous()
+        if area.ndim != 2 or not area.numel() or not bool(((area >= 0) & (area <= 1)).all()):
+            raise ConfigError(
+                f"a mask is (height, width) of numbers from 0 to 1; got shape {tuple(area.shape)}"
+            )
+        self.area = area
+        self._digest = hashlib.sha256(f"{tuple(area.shape)}".encode() + area.numpy().tobytes()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __repr__(self) -> str:
+        height, width = self.area.shape
+        return f"Mask({height} x {width}, mean {float(self.area.mean()):.2f})"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How strongly an adapter counts: the product of all that is given.
+
+    Args:
+        value: any finite number.
+        blocks: (pattern on layer names with their component, factor); the last that matches a layer counts, a layer
+            that none matches has factor 1. Made from diffusers' nested form by `Weight.of`.
+        schedule: over the timestep.
+        mask: over the image.
+        samples: one factor for each prompt of a call.
+        conditional_only: count in the conditional branch of classifier-free guidance alone.
+
+    Raises:
+        ConfigError: a number that is not finite.
+    """
+
+    value: float = 1.0
+    blocks: tuple[tuple[str, float], ...] = ()
+    schedule: Schedule | None = None
+    mask: Mask | None = None
+    samples: tuple[float, ...] | None = None
+    conditional_only: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _number(self.value))
+        object.__setattr__(self, "blocks", tuple((str(p), _number(f)) for p, f in self.blocks))
+        if self.samples is not None:
+            object.__setattr__(self, "samples", tuple(_number(s) for s in self.samples))
+
+    @classmethod
+    def of(cls, weight: float | Mapping[str, Any] | Weight) -> Weight:
+        """Understand a number, a Weight, or factors per component and block.
+
+        The mapping is what diffusers' `set_adapters` takes: {"unet": {"down": 0.5, "up": {"block_0": 0.6, "block_1":
+        [0.4, 0.8]}}, "text_encoder": 0.2}; what is not named counts fully. Keys may also be beginnings of layer
+        names ("transformer_blocks.3") or patterns with * and ?.
+
+        Raises:
+            ConfigError: something else.
+        """
+        if isinstance(weight, Weight):
+            return weight
+        if isinstance(weight, Mapping):
+            return cls(blocks=tuple(_blocks(weight)))
+        return cls(_number(weight))
+
+    @property
+    def varies(self) -> bool:
+        """Whether it depends on the time, the place, the sample or the branch of guidance."""
+        return self.conditional_only or any(
+            part is not None for part in (self.schedule, self.mask, self.samples)
+        )
+
+    def check(self, layers: Iterable[str]) -> None:
+        """Refuse blocks that are none of the layers', which are names on disk with the component.
+
+        Raises:
+            ConfigError: a component, block or pattern matches no layer.
+        """
+        layers = list(layers)
+        for pattern, _ in self.blocks:
+            if not any(_means(pattern, layer) for layer in layers):
+                raise ConfigError(f"weights per block: {pattern!r} is no component, block or layer here")
+
+    def at(self, layer: str) -> float:
+        """Give the constant part at a layer, by its name on disk with the component: the number times its block's."""
+        return self.value * _factor(self.blocks, layer) if self.blocks else self.value
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Adapters with their weights, by name; what is not named does not count."""
+
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mix: Mapping[str, Any] | Mix | None = None, /, **weights: Any) -> Mix:
+        """Understand a mapping of names to whatever `Weight.of` takes; keywords are shorthand for the same.
+
+        Raises:
+            ConfigError: a weight that is none.
+        """
+        given = {**(mix.weights if isinstance(mix, Mix) else mix or {}), **weights}
+        return cls({str(name): _named_weight(str(name), weight) for name, weight in given.items()})
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.weights.items()))
+
+    @property
+    def varies(self) -> bool:
+        """Whether any weight depends on the time, the place, the sample or the branch of guidance."""
+        return any(weight.varies for weight in self.weights.values())
+
+    def at(self, name: str, layer: str) -> float:
+        """Give the constant part of an adapter's weight at a layer; 0 for an adapter that is not named."""
+        return self.weights[name].at(layer) if name in self.weights else 0.0
+
+
+def _named_weight(name: str, weight: Any) -> Weight:
+    try:
+        return Weight.of(weight)
+    except ConfigError as error:
+        raise ConfigError(f"the weight of {name!r}: {error}") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"must be a finite number, or numbers by component or block; got {value!r}")
+    return float(value)
+
+
+@lru_cache(maxsize=65536)
+def _factor(blocks: tuple[tuple[str, float], ...], layer: str) -> float:
+    hits = [factor for pattern, factor in blocks if _means(pattern, layer)]
+    return hits[-1] if hits else 1.0
+
+
+def _means(pattern: str, layer: str) -> bool:
+    return matches(layer, pattern) or matches(layer, f"{pattern}.*")
+
+
+def _blocks(weight: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in weight.items():
+        component, _, rest = str(key).partition(".")
+        if not prefix and component in COMPONENTS and not rest and isinstance(value, Mapping):
+            yield from _blocks(value, f"{key}.")
+        elif key in _UNET_PARTS:
+            yield from _unet_part(f"{prefix or '*'}{_UNET_PARTS[key]}", value)
+        else:
+            yield f"{prefix}{key}", _number(value)
+
+
+def _unet_part(part: str, value: Any) -> Iterator[tuple[str, float]]:
+    if not isinstance(value, Mapping):
+        yield from _attentions(part, value)
+        return
+    for block, factor in value.items():
+        number = re.fullmatch(r"block_(\d+)", str(block))
+        if number is None:
+            raise ConfigError(f"blocks of a UNet's half are called block_0, block_1, ...; got {block!r}")
+        yield from _attentions(f"{part}.{number[1]}", factor)
+
+
+def _attentions(block: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Give one factor for a whole block, or one for each of its transformers."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for number, factor in enumerate(value):
+            yield f"{block}.attentions.{number}", _number(factor)
+    else:
+        yield block, _number(value)
