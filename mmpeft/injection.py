@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmpeft.errors import MethodError
 from mmpeft.plugins import near_miss
@@ -56,6 +57,38 @@ def live_layers(component: str, model: nn.Module) -> dict[str, str]:
         for live, module in _own_modules(model)
         if is_adaptable(module) and not _is_wrapper(module)
     }
+
+
+def vector_layers(component: str, model: nn.Module) -> dict[str, tuple[str, Literal["weight", "bias"]]]:
+    """Map the names on disk of a model's vectors to (live module name, attribute).
+
+    A norm's gain is called as the norm is; a bias has ".bias" after the name of its layer or norm.
+    """
+    found: dict[str, tuple[str, Literal["weight", "bias"]]] = {}
+    for live, module in _own_modules(model):
+        if _is_wrapper(module):
+            continue
+        name = disk_name(component, live, model)
+        if _is_vector(module, "weight"):
+            found[name] = (live, "weight")
+        if _is_vector(module, "bias"):
+            found[f"{name}.bias"] = (live, "bias")
+    return found
+
+
+def shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Give the shape of everything that an adapter can change, by name on disk with the component in front.
+
+    Args:
+        modules: by component.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for component, model in modules.items():
+        for disk, live in live_layers(component, model).items():
+            found[f"{component}.{disk}"] = weight_shape(model.get_submodule(live))
+        for disk, (live, attribute) in vector_layers(component, model).items():
+            found[f"{component}.{disk}"] = tuple(getattr(model.get_submodule(live), attribute).shape)
+    return found
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -170,6 +203,14 @@ def _own_modules(
     for child_name, child in module.named_children():
         if child_name == "base_layer" or not _is_wrapper(module):
             yield from _own_modules(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _is_vector(module: nn.Module, attribute: str) -> bool:
+    vector = getattr(module, attribute, None)
+    if not isinstance(vector, Tensor) or vector.ndim != 1:
+        return False
+    # packed weights of quantised layers are vectors of bytes
+    return vector.is_floating_point() and not (attribute == "weight" and is_adaptable(module))
 
 
 def _is_wrapper(module: nn.Module) -> bool:

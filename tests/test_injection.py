@@ -4,7 +4,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from mmpeft.errors import MethodError
-from mmpeft.injection import disk_name, find_targets, is_adaptable, live_layers
+from mmpeft.injection import disk_name, find_targets, is_adaptable, live_layers, shapes, vector_layers
 
 GROUPS = {"attention": ("*.attn?.to_q", "*.self_attn.q_proj"), "mlp": ("*.ff.net.2", "*.mlp.fc?")}
 
@@ -126,3 +126,25 @@ def test_fused_experts_are_named_as_missed():
     with pytest.raises(MethodError, match=r"1 of the 2 weights .* \(50 %\).*mlp.experts.gate_up_proj"):
         find_targets("language_model", model, {}, ["mlp.*"])
     assert find_targets("language_model", model, {}, ["gate"]) == {"mlp.gate": "mlp.gate"}
+
+
+def test_gains_and_biases_are_found_by_names_on_disk(pipeline):
+    vectors = vector_layers("text_encoder", pipeline.text_encoder)
+    live, attribute = vectors["text_model.final_layer_norm"]
+    assert (live, attribute) == ("final_layer_norm", "weight")
+    assert vectors["text_model.encoder.layers.0.mlp.fc1.bias"] == ("encoder.layers.0.mlp.fc1", "bias")
+    assert not vectors.keys() & live_layers("text_encoder", pipeline.text_encoder).keys()
+
+
+def test_shapes_name_every_parameter_but_embeddings(pipeline):
+    modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    found = shapes(modules)
+    for component, model in modules.items():
+        parameters = {
+            f"{component}.{disk_name(component, name, model)}".removesuffix(".weight"): tuple(value.shape)
+            for name, value in model.named_parameters()
+            if "embedding.weight" not in name
+        }
+        assert parameters == {
+            name: shape for name, shape in found.items() if name.startswith(component + ".")
+        }
