@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -54,14 +55,26 @@ class Schedule:
 
     def at(self, time: Tensor) -> Tensor:
         """Give the factor at times, any shape, float32 in [0, 1]; made of tensor operations alone."""
-        if len(self.points) == 1:
-            return torch.full_like(time, self.points[0][1])
-        times = time.new_tensor([t for t, _ in self.points])
-        factors = time.new_tensor([f for _, f in self.points])
-        right = torch.searchsorted(times, time.contiguous(), right=True).clamp(1, len(self.points) - 1)
-        width = (times[right] - times[right - 1]).clamp(min=1e-12)
-        share = ((time - times[right - 1]) / width).clamp(0, 1)
-        return factors[right - 1] + share * (factors[right] - factors[right - 1])
+        times, factors = time.new_tensor(self.points).unbind(-1)
+        return interpolate(time, times, factors)
+
+
+def interpolate(time: Tensor, times: Tensor, factors: Tensor) -> Tensor:
+    """Read piecewise linear functions: the first factor, and of each rise the share that lies before the time.
+
+    Args:
+        time: any shape, float32.
+        times: (..., points), rising along the last dimension; equal ones are a step, which counts from there on.
+        factors: as `times`.
+
+    Returns:
+        (*time's shape, *the shape before points), float32.
+    """
+    width = times.diff(dim=-1)
+    passed = time.reshape(*time.shape, *[1] * times.ndim) - times[..., :-1]
+    share = torch.where(width > 0, (passed / width.clamp(min=1e-12)).clamp(0, 1), (passed >= 0).float())
+    rises: Tensor = share * factors.diff(dim=-1)
+    return factors[..., 0] + rises.sum(-1)
 
 
 class Mask:
@@ -86,6 +99,17 @@ class Mask:
         self.area = area
         self._digest = hashlib.sha256(f"{tuple(area.shape)}".encode() + area.numpy().tobytes()).hexdigest()
 
+    @property
+    def is_even(self) -> bool:
+        """Whether it is the same everywhere."""
+        return bool((self.area == self.area[0, 0]).all())
+
+    def resized(self, height: int, width: int) -> Tensor:
+        """Give the mask at another size, (height, width), float32: each entry the mean of the area that it covers."""
+        rows = _coverage(self.area.shape[0], height)
+        columns = _coverage(self.area.shape[1], width)
+        return rows @ self.area @ columns.T
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self._digest == other._digest
 
@@ -97,6 +121,14 @@ class Mask:
         return f"Mask({height} x {width}, mean {float(self.area.mean()):.2f})"
 
 
+def _coverage(before: int, after: int) -> Tensor:
+    """Give which share of each new entry is which old one, (after, before), rows that sum to 1."""
+    edges = torch.arange(after + 1, dtype=torch.float64) * before / after
+    old = torch.arange(before, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], old + 1) - torch.maximum(edges[:-1, None], old)
+    return (overlap.clamp(min=0) * after / before).float()
+
+
 @dataclass(frozen=True)
 class Weight:
     """How strongly an adapter counts: the product of all that is given.
@@ -106,12 +138,12 @@ class Weight:
         blocks: (pattern on layer names with their component, factor); the last that matches a layer counts, a layer
             that none matches has factor 1. Made from diffusers' nested form by `Weight.of`.
         schedule: over the timestep.
-        mask: over the image.
+        mask: over the image. One that is the same everywhere is only a factor: it goes into the value.
         samples: one factor for each prompt of a call.
         conditional_only: count in the conditional branch of classifier-free guidance alone.
 
     Raises:
-        ConfigError: a number that is not finite.
+        ConfigError: a number that is not finite, or no sample.
     """
 
     value: float = 1.0
@@ -126,6 +158,11 @@ class Weight:
         object.__setattr__(self, "blocks", tuple((str(p), _number(f)) for p, f in self.blocks))
         if self.samples is not None:
             object.__setattr__(self, "samples", tuple(_number(s) for s in self.samples))
+            if not self.samples:
+                raise ConfigError("weights per sample need one factor for each prompt; got none")
+        if self.mask is not None and self.mask.is_even:
+            object.__setattr__(self, "value", self.value * float(self.mask.area[0, 0]))
+            object.__setattr__(self, "mask", None)
 
     @classmethod
     def of(cls, weight: float | Mapping[str, Any] | Weight) -> Weight:
@@ -204,7 +241,7 @@ def _named_weight(name: str, weight: Any) -> Weight:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ConfigError(f"must be a finite number, or numbers by component or block; got {value!r}")
     return float(value)
 
