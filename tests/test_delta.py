@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmpeft.delta import Dense, LowRank, add
+from mmpeft.delta import Dense, LowRank, Sum, add
 
 SHAPES = [(4, 3), (2, 3, 3, 3), (5, 2, 1, 1)]
 
@@ -39,11 +39,13 @@ def test_the_norm_is_that_of_the_dense_change_whatever_the_gauge(shape, rank, fa
     assert Dense(delta.dense()).norm() == pytest.approx(delta.norm(), rel=1e-5)
 
 
-def test_low_rank_and_dense_add_up_to_dense():
+def test_changes_of_different_kinds_add_up_to_a_sum_that_is_never_nested():
     one, other = low_rank((4, 3), 2, 1), Dense(torch.ones(4, 3))
-    total = add([one, other.scaled(-2.0)])
-    assert isinstance(total, Dense)
-    torch.testing.assert_close(total.dense(), one.dense() - 2)
+    total = add([add([one, other.scaled(-2.0)]), add([other, one])])
+    assert isinstance(total, Sum)
+    assert [type(part) for part in total.parts] == [LowRank, Dense]
+    torch.testing.assert_close(total.dense(), 2 * one.dense() - 1)
+    torch.testing.assert_close(total.scaled(-3.0).dense(), 3 - 6 * one.dense())
 
 
 def test_half_precision_comes_in_and_float32_is_computed():

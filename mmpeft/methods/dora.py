@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmpeft.delta import Delta, Dense
+from mmpeft.delta import Delta, Gain, LowRank, add
 from mmpeft.errors import AdapterError
 from mmpeft.methods.base import MethodSettings
 from mmpeft.methods.lora import Lora, LoraLayer, LoraSettings
@@ -44,7 +44,7 @@ class DoraLayer(LoraLayer):
         return {**super().tensors, "lora_magnitude_vector": self.lora_magnitude_vector}
 
     def delta(self, weight: Tensor | None = None) -> Delta:
-        """Give W' - W for the base's weight, dense.
+        """Give W' - W for the base's weight: a gain of each output of W, and a low-rank change.
 
         Args:
             weight: (out, in) or (out, in, kh, kw); computed in float32.
@@ -56,11 +56,12 @@ class DoraLayer(LoraLayer):
             raise AdapterError("the change of a DoRA layer depends on the base's weight; give it")
         if tuple(weight.shape) != self.shape:
             raise AdapterError(f"this DoRA layer belongs to a weight {self.shape}; got {tuple(weight.shape)}")
-        base = weight.detach().float().flatten(1)
-        change = self.low_rank().dense().to(base.device).flatten(1)
-        norm = torch.linalg.vector_norm(base + change, dim=1)
-        gain = (self.lora_magnitude_vector.detach().float().to(base.device).flatten() / norm)[:, None]
-        return Dense(((gain - 1) * base + gain * change).reshape(self.shape))
+        low_rank = self.low_rank()
+        B, A = low_rank.lora_B.to(weight.device), low_rank.lora_A.to(weight.device)
+        # W' = gain (W + B A) = W + (gain - 1) W + (gain B) A
+        norm = torch.linalg.vector_norm(weight.detach().float().flatten(1) + B @ A, dim=1)
+        gain = self.lora_magnitude_vector.detach().float().to(weight.device).flatten() / norm
+        return add([LowRank(gain[:, None] * B, A, self.shape), Gain(gain - 1, "output", weight)])
 
 
 class Dora(Lora):
