@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -51,7 +52,10 @@ class LayerAdapter(ABC):
         }
 
     def bound(self, weight: Tensor) -> Self:
-        """Give a layer adapter that knows the base's weight, by reference, so that `delta` needs no argument."""
+        """Give a layer adapter that knows the base's weight, by reference, so that `delta` needs no argument.
+
+        What does not depend on the weight gives itself.
+        """
         return self
 
     @abstractmethod
@@ -68,6 +72,64 @@ class LayerAdapter(ABC):
     def dense(self, weight: Tensor | None = None) -> Tensor:
         """Build the whole change of the weight, in its shape, float32."""
         return self.delta(weight).dense()
+
+
+@dataclass(frozen=True, eq=False)
+class WeightDependent(LayerAdapter):
+    """A layer adapter whose change depends on the base's weight.
+
+    Its `shape` has -1 for a side that the tensors do not tell (a gain per output says nothing of the inputs).
+
+    Args:
+        base_weight: the base's weight, once `bound`; a reference, and no part of the adapter.
+    """
+
+    base_weight: Tensor | None = field(default=None, kw_only=True, compare=False, repr=False)
+    needs_weight: ClassVar[bool] = True
+
+    def bound(self, weight: Tensor) -> Self:
+        """Give a copy that knows the base's weight, by reference.
+
+        Raises:
+            AdapterError: the weight has another shape.
+        """
+        return replace(self, base_weight=self.weight_for(weight))
+
+    def weight_for(self, weight: Tensor | None) -> Tensor:
+        """Give the weight that a change is about: the one given, else the one bound.
+
+        Raises:
+            AdapterError: there is none, or it has another shape.
+        """
+        weight = self.base_weight if weight is None else weight
+        if weight is None:
+            raise AdapterError(
+                f"the change of a {self.method} layer depends on the base's weight; give it, or load the adapter "
+                f"with its base"
+            )
+        if not shapes_agree(self.shape, tuple(weight.shape)):
+            raise AdapterError(
+                f"this {self.method} layer belongs to a weight {self.shape}; got {tuple(weight.shape)}"
+            )
+        return weight
+
+
+def shapes_agree(ours: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Tell whether a layer adapter's shape is a weight's.
+
+    Args:
+        ours: may be the flattened matrix (out, in*kh*kw), have a 1x1 kernel on a linear layer's weight, and -1 for a
+            side that the adapter does not know.
+        weight: the weight's own.
+    """
+    if len(ours) == len(weight):
+        return all(mine in (-1, theirs) for mine, theirs in zip(ours, weight, strict=True))
+    if min(len(ours), len(weight)) < 2:
+        return False
+    matrix = (weight[0], prod(weight[1:]))
+    mine = (ours[0], -1 if -1 in ours[1:] else prod(ours[1:]))
+    is_flat = len(ours) == 2 or all(side == 1 for side in ours[2:])
+    return is_flat and all(one in (-1, other) for one, other in zip(mine, matrix, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+import pytest
+
+from mmpeft.adapter import shapes_agree
+
+
+@pytest.mark.parametrize(
+    ("ours", "weight"),
+    [
+        ((4, 3), (4, 3)),
+        ((4, 27), (4, 3, 3, 3)),
+        ((4, 3), (4, 3, 1, 1)),
+        ((4, 3, 1, 1), (4, 3)),
+        ((4, -1), (4, 3, 3, 3)),
+        ((-1, 3), (4, 3)),
+        ((-1, 3, 1, 1), (4, 3)),
+        ((4, -1, 3, 3), (4, 3, 3, 3)),
+        ((4,), (4,)),
+    ],
+)
+def test_a_layer_adapters_shape_may_say_less_than_the_weights(ours, weight):
+    assert shapes_agree(ours, weight)
+
+
+@pytest.mark.parametrize(
+    ("ours", "weight"),
+    [
+        ((4, 3), (3, 4)),
+        ((4, 3), (4, 3, 3, 3)),
+        ((4, 3, 3, 3), (4, 27)),
+        ((5, -1), (4, 3, 3, 3)),
+        ((-1, 3), (4, 3, 3, 3)),
+        ((4, 3, 1, 1), (4, 3, 3, 3)),
+        ((4,), (4, 1)),
+        ((4, 1), (4,)),
+    ],
+)
+def test_other_shapes_do_not_agree(ours, weight):
+    assert not shapes_agree(ours, weight)
