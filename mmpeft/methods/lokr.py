@@ -28,7 +28,8 @@ class LokrLayer(LayerAdapter):
         lokr_w1_b: (rank, c).
         lokr_w2: (b, d), of a convolution (b, d, kh, kw), or in its place
         lokr_w2_a: (b, rank) and
-        lokr_w2_b: (rank, d), of a convolution (rank, d*kh*kw); or with a core (rank, b) and (rank, d).
+        lokr_w2_b: (rank, d), of a convolution (rank, d*kh*kw) or (rank, d, kh, kw); with a core (rank, b) and
+            (rank, d).
         lokr_t2: the core, (rank, rank, kh, kw).
         rslora: whether LyCORIS trained it with rs_lora, whose root of the rank stays in the scale of two whole halves;
             of others it is part of the alpha that is saved.
@@ -104,7 +105,7 @@ class LokrLayer(LayerAdapter):
         upper = self.lokr_w2_a.detach().float()
         if self.lokr_t2 is not None:
             return upper.T, tucker(self.lokr_t2, self.lokr_w2_b)
-        return upper, self.lokr_w2_b.detach().float()
+        return upper, self.lokr_w2_b.detach().float().flatten(1)
 
     def _first_shape(self) -> tuple[int, ...]:
         if self.lokr_w1 is not None:
@@ -120,7 +121,7 @@ class LokrLayer(LayerAdapter):
         assert self.lokr_w2_b is not None
         if self.lokr_t2 is not None:
             return self.lokr_w2_a.shape[1], self.lokr_w2_b.shape[1], *self.lokr_t2.shape[2:]
-        return self.lokr_w2_a.shape[0], self.lokr_w2_b.shape[1]
+        return self.lokr_w2_a.shape[0], *self.lokr_w2_b.shape[1:]
 
 
 def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
