@@ -7,41 +7,43 @@ The native folder loads in plain diffusers (`pipe.load_lora_weights(folder)`) an
     README.md                          the card, for people and the hub
     peft/<component>/                  adapter_config.json and adapter_model.safetensors
 
+An adapter that diffusers cannot load (LoHa, LoKr, full differences, ...) has instead of the first and the last
+
+    lycoris.safetensors                LyCORIS's names, which A1111 and ComfyUI read, and in the header whose they are
+
 Its bytes depend on the adapter alone. Nothing is unpickled, ever, and no tensor is read before the header was checked.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
-from mmpeft.errors import AdapterError, BaseError, BaseMismatch, FormatError
-from mmpeft.injection import COMPONENTS, live_layers, weight_shape
-from mmpeft.key_formats import diffusers, peft
+from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter, shapes_agree
+from mmpeft.errors import AdapterError, BaseError, BaseMismatch, FormatError, MethodError
+from mmpeft.injection import COMPONENTS, live_layers, shapes, vector_layers
+from mmpeft.key_formats import diffusers, kohya, peft
 from mmpeft.model_card import model_card
+from mmpeft.safetensors_file import PICKLES, read_tensors, serialise
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+LYCORIS_WEIGHTS = "lycoris.safetensors"
 CARD = "adapter.json"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# What the first keys of other tools' files look like, to say so.
+# Whose keys look like what, to say so where a file holds several tools'.
+_FORMATS = {"PEFT's": peft.is_ours, "kohya's": kohya.is_ours, "diffusers'": diffusers.is_ours}
+# What the first keys of files that are no adapter look like.
 _LIKENESSES = {
-    ("lora_unet_", "lora_te", "lycoris_"): "kohya's or LyCORIS's; convert the file to diffusers' names first",
-    ("hada_w", "lokr_w", "oft_blocks", "oft_diag"): "those of LoHa, LoKr or OFT, which are not read",
     (
         "model.diffusion_model.",
         "first_stage_model.",
@@ -65,20 +67,14 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
 
     Raises:
         AdapterError: the adapter is empty, has numbers that are not finite, or `folder` holds something else.
-        MethodError: it has layers that diffusers cannot load.
+        MethodError: it has layers that neither diffusers nor LyCORIS has a form for.
     """
     folder, files = Path(folder), dict(files or {})
     if not len(adapter):
         raise AdapterError("the adapter is empty; there is nothing to save")
     for name, layer in adapter.items():
         _check_finite(f"cannot save {name}", layer.tensors)
-    components = {component: adapter.component(component) for component in adapter.components}
-    contents: dict[str, bytes] = {WEIGHTS: _serialise(*diffusers.write(components))}
-    for component, layers in components.items():
-        tensors, config = peft.write(component, layers)
-        config["base_model_name_or_path"] = adapter.card.base or None
-        contents[f"peft/{component}/{PEFT_WEIGHTS}"] = _serialise(tensors, {"format": "pt"})
-        contents[f"peft/{component}/{PEFT_CONFIG}"] = _json(config)
+    contents = _weights(adapter)
     contents[CARD] = _json({"format": 1, **asdict(adapter.card)})
     contents["README.md"] = model_card(adapter, sorted(files)).encode()
     if taken := sorted(contents.keys() & files.keys()):
@@ -91,74 +87,93 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
     return folder
 
 
+def _weights(adapter: Adapter) -> dict[str, bytes]:
+    """Write the weights as diffusers and PEFT load them, else as LyCORIS does."""
+    components = {component: adapter.component(component) for component in adapter.components}
+    try:
+        contents = {WEIGHTS: serialise(*diffusers.write(components))}
+    except MethodError:
+        return {LYCORIS_WEIGHTS: serialise(*kohya.write_with_names(components))}
+    for component, layers in components.items():
+        for name, content in peft_files(component, layers, adapter.card.base).items():
+            contents[f"peft/{component}/{name}"] = content
+    return contents
+
+
+def peft_files(component: str, layers: Mapping[str, LayerAdapter], base: str) -> dict[str, bytes]:
+    """Write one component's adapter as PEFT's two files, by name.
+
+    Args:
+        base: the base model's name, which PEFT's configuration states; "" for none.
+
+    Raises:
+        MethodError: layers that PEFT's LoRA cannot hold in one adapter.
+    """
+    tensors, config = peft.write(component, layers)
+    config["base_model_name_or_path"] = base or None
+    return {PEFT_WEIGHTS: serialise(tensors, {"format": "pt"}), PEFT_CONFIG: _json(config)}
+
+
 def load(path: str | Path, base: Any = None) -> Adapter:
-    """Read an adapter: a native, diffusers or PEFT folder, or a .safetensors file in diffusers' or PEFT's names.
+    """Read an adapter: a native, diffusers or PEFT folder, or a .safetensors file in their, kohya's or LyCORIS's names.
 
     Args:
         base: a pipeline, its folder, a module, or modules by component name. With it every layer must exist there
-            in the same shape, and a PEFT adapter finds its component; without it names are taken as they are.
+            in the same shape, a PEFT adapter finds its component, any name of kohya's can be read, and layers whose
+            change depends on the base's weight know it; without it names are taken as they are.
 
     Raises:
         AdapterError: there is no such file, or it is a pickle.
         FormatError: it is broken, or a key in it is unknown; the sentence names the key and the likely reason.
         BaseMismatch: it does not fit `base`.
     """
-    path = Path(path)
-    file = weights_file(path)
-    tensors, metadata = read_tensors(file)
-    try:
-        if peft.is_ours(tensors):
-            adapter = Adapter(_read_peft(file, tensors, base))
-        elif diffusers.is_ours(tensors):
-            adapter = Adapter(diffusers.read(tensors, metadata))
-        else:
-            raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
-    except FormatError as error:
-        raise FormatError(f"{file.name}: {error}") from error
-    for name, layer in adapter.items():
+    file = weights_file(Path(path))
+    modules = None if base is None else modules_of(base)
+    layers = read_layers(file, *read_tensors(file), modules)
+    for name, layer in layers.items():
         _check_finite(f"{file.name}: {name}", layer.tensors)
-    adapter.card = _read_card(file.parent)
-    if base is not None:
-        check_fits(adapter, modules_of(base), file.name)
-    return adapter
+        _check_scale(f"{file.name}: {name}", layer)
+    adapter = Adapter(layers, read_card(file))
+    if modules is None:
+        return adapter
+    check_fits(adapter, modules, file.name)
+    return Adapter(dict(_bound(adapter, modules)), adapter.card)
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file after checking its header against the file's size.
+def read_layers(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    modules: Mapping[str, nn.Module] | None,
+) -> dict[str, LayerAdapter]:
+    """Turn a file's tensors into layer adapters by layer name, whoever's names they have; numbers are not looked at.
 
-    Returns:
-        The tensors by key, on the CPU in the file's types, and the header's metadata.
+    Args:
+        file: tells the format's other files, and errors what to call it.
+        modules: of the base by component, where it is known.
 
     Raises:
-        AdapterError: it is a pickle by name or content.
-        FormatError: it is empty, truncated, or its header is broken.
+        FormatError: a key is unknown, or keys of several tools are mixed.
+        BaseMismatch: names that the base does not have.
     """
-    if file.suffix.lower() in _PICKLES:
-        raise AdapterError(
-            f"{file.name} is a pickle, which can run code when opened; only .safetensors is read"
-        )
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        is_oversized = length > min(_HEADER_LIMIT, size - 8)
-        # torch.save writes a zip, or before 1.6 a bare pickle; the first bytes of both read as an absurd header length
-        if start[:4] == b"PK\x03\x04" or (is_oversized and start[:1] == b"\x80"):
-            raise AdapterError(f"{file.name} is a pickle under another name; only .safetensors is read")
-        if size < 10:
-            raise FormatError(
-                f"{file.name} is empty" if size == 0 else f"{file.name} is truncated: {size} bytes"
-            )
-        if is_oversized:
-            raise FormatError(
-                f"{file.name} is truncated or no safetensors file: its header claims {length:,} bytes of {size:,}"
-            )
-        header = stream.read(length)
-    metadata = _check_header(file.name, header, size - 8 - length)
+    found = {
+        name: next(key for key in tensors if is_ours([key]))
+        for name, is_ours in _FORMATS.items()
+        if is_ours(tensors)
+    }
     try:
-        return safetensors.torch.load_file(file), metadata
-    except safetensors.SafetensorError as error:
-        raise FormatError(f"{file.name} is no valid safetensors file: {error}") from error
+        if len(found) > 1:
+            examples = " and ".join(f"{name} {key!r}" for name, key in found.items())
+            raise FormatError(f"keys of {len(found)} tools are mixed, {examples}; split the file by tool")
+        if "PEFT's" in found:
+            return _read_peft(file, tensors, modules or {})
+        if "kohya's" in found:
+            return kohya.read(tensors, metadata, None if modules is None else shapes(modules))
+        if "diffusers'" in found:
+            return diffusers.read(tensors, metadata)
+        raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
+    except (FormatError, BaseMismatch) as error:
+        raise type(error)(f"{file.name}: {error}") from error
 
 
 def modules_of(base: Any) -> dict[str, nn.Module]:
@@ -190,40 +205,54 @@ def check_fits(adapter: Adapter, modules: Mapping[str, nn.Module], title: str) -
     """Check that every layer of an adapter exists in a base, in the same shape.
 
     Returns:
-        By component: layer name on disk without the component -> live name.
+        By component: layer name on disk without the component -> live name of the module that has the weight or vector.
 
     Raises:
         BaseMismatch: it does not, with how many layers match.
     """
     found: dict[str, dict[str, str]] = {}
     matched, wrong = 0, []
+    there = shapes({name: module for name, module in modules.items() if name in adapter.components})
     for component in adapter.components:
-        model = modules.get(component)
-        live = live_layers(component, model) if model is not None else {}
+        places = _places(component, modules[component]) if component in modules else {}
         found[component] = {}
         for disk, layer in adapter.component(component).items():
-            shape = (
-                weight_shape(model.get_submodule(live[disk])) if model is not None and disk in live else None
-            )
+            shape = there.get(f"{component}.{disk}")
             if shape is None:
                 wrong.append(f"there is no {component}.{disk}")
-            elif not _same_layer(tuple(layer.shape), shape):
+            elif not shapes_agree(tuple(layer.shape), shape):
                 wrong.append(f"{component}.{disk} has weight {shape}, the adapter's is {tuple(layer.shape)}")
             else:
                 matched += 1
-                found[component][disk] = live[disk]
+                found[component][disk] = places[disk][0]
     if wrong:
         trained_on = f" was trained on {adapter.card.base} and" if adapter.card.base else ""
-        there = ", ".join(f"{name} ({type(module).__name__})" for name, module in sorted(modules.items()))
+        base = ", ".join(f"{name} ({type(module).__name__})" for name, module in sorted(modules.items()))
         raise BaseMismatch(
-            f"{title}{trained_on} does not fit this base, {there}: {matched} of {len(adapter)} layers match; {wrong[0]}"
+            f"{title}{trained_on} does not fit this base, {base}: {matched} of {len(adapter)} layers match; {wrong[0]}"
         )
     return found
 
 
-def _same_layer(ours: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    # some tools save 1x1 convolutions as linear layers
-    return ours == weight or (len(ours) == 2 and weight[2:] == (1, 1) and ours == weight[:2])
+def _places(component: str, model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Map names on disk of all that can be changed to (live module name, attribute)."""
+    return {disk: (live, "weight") for disk, live in live_layers(component, model).items()} | dict(
+        vector_layers(component, model)
+    )
+
+
+def _bound(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, LayerAdapter]]:
+    """Give layers that depend on the base's weight a reference to it, where it lies there as plain numbers."""
+    for component in adapter.components:
+        places = _places(component, modules[component])
+        for disk, layer in adapter.component(component).items():
+            live, attribute = places[disk]
+            weight: Any = getattr(modules[component].get_submodule(live), attribute, None)
+            is_plain = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+            # a quantised weight is there in another shape
+            if layer.needs_weight and is_plain and shapes_agree(tuple(layer.shape), tuple(weight.shape)):
+                layer = layer.bound(weight.detach())
+            yield f"{component}.{disk}", layer
 
 
 def weights_file(path: Path) -> Path:
@@ -239,19 +268,21 @@ def weights_file(path: Path) -> Path:
         raise AdapterError(f"there is no adapter at {path}")
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     found = [name for name in names if name.endswith(".safetensors")]
-    for name in [WEIGHTS, PEFT_WEIGHTS] + (found if len(found) == 1 else []):
+    for name in [WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS] + (found if len(found) == 1 else []):
         if name in found:
             return path / name
     if found:
         raise FormatError(f"{path} has several adapter files; name one of {', '.join(found)}")
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise AdapterError(
             f"{path} has only {pickles[0]}, a pickle, which can run code; only .safetensors is read"
         )
     raise FormatError(f"{path} has no .safetensors file; it has {', '.join(names) or 'nothing'}")
 
 
-def _read_peft(file: Path, tensors: Mapping[str, Tensor], base: Any) -> dict[str, LayerAdapter]:
+def _read_peft(
+    file: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, LayerAdapter]:
     config_file = file.parent / PEFT_CONFIG
     if not config_file.is_file():
         raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
@@ -259,7 +290,6 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], base: Any) -> dict[str
     layers = peft.read(tensors, config)
     in_native_folder = file.parent.parent.name == "peft" and file.parent.name in COMPONENTS
     component = file.parent.name if in_native_folder else peft.component_of(layers, config)
-    modules = modules_of(base) if base is not None else {}
     if component is None and len(modules) == 1:
         component = next(iter(modules))
     if component is None:
@@ -273,7 +303,13 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], base: Any) -> dict[str
     return {f"{component}.{name}": layer for name, layer in restored.items()}
 
 
-def _read_card(folder: Path) -> AdapterCard:
+def read_card(weights: Path) -> AdapterCard:
+    """Read the card that lies beside a file of weights; an empty one where there is none.
+
+    Raises:
+        FormatError: it is broken.
+    """
+    folder = weights.parent
     file = (folder.parent.parent if folder.parent.name == "peft" else folder) / CARD
     if not file.is_file():
         return AdapterCard()
@@ -292,32 +328,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _check_header(name: str, header: bytes, data_size: int) -> dict[str, str]:
-    """Check types, shapes and places of all tensors; give the metadata."""
-    try:
-        entries = json.loads(header)
-        metadata = {str(k): str(v) for k, v in entries.pop("__metadata__", {}).items()}
-        places = []
-        for key, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            count = 1
-            for side in entry["shape"]:
-                count *= side
-            if entry["dtype"] not in _DTYPES:
-                raise FormatError(f"{name}: {key!r} has type {entry['dtype']}, which no adapter has")
-            if not 0 <= begin <= end or end - begin != count * _DTYPES[entry["dtype"]]:
-                raise FormatError(f"{name}: the header contradicts itself about {key!r}")
-            places.append((begin, end))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{name} is no safetensors file: its header is no valid JSON table") from error
-    if not entries:
-        raise FormatError(f"{name} holds no tensors")
-    needed = max(end for _, end in places)
-    if needed > data_size:
-        raise FormatError(f"{name} is truncated: its tensors need {needed:,} bytes, {data_size:,} are there")
-    return metadata
-
-
 def _check_finite(title: str, tensors: Mapping[str, Tensor]) -> None:
     for part, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -327,33 +337,18 @@ def _check_finite(title: str, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def _check_scale(title: str, layer: LayerAdapter) -> None:
+    scale = getattr(layer, "scale", 1.0)
+    if isinstance(scale, float | int) and not math.isfinite(scale):
+        raise FormatError(f"{title} has alpha {getattr(layer, 'alpha', scale)}, which gives no finite change")
+
+
 def _likeness(keys: Iterable[str]) -> str:
     keys = list(keys)
     for signs, words in _LIKENESSES.items():
         if any(sign in key for key in keys[:100] for sign in signs):
             return f"{words} (first {keys[0]!r})"
     return f"no adapter's (first {keys[0]!r})"
-
-
-def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Write safetensors bytes with everything sorted; the library's own writer orders metadata at random."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    chunks: list[bytes] = []
-    place = 0
-    # wide types first, so that every tensor is aligned, as the library does it
-    for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        plain = tensor.detach().cpu().contiguous()
-        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[key] = {
-            "dtype": _DTYPE_NAMES[plain.dtype],
-            "shape": list(plain.shape),
-            "data_offsets": [place, place + len(data)],
-        }
-        place += len(data)
-        chunks.append(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

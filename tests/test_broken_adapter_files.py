@@ -147,7 +147,7 @@ BROKEN = {
     "two tools mixed": (
         saved({**PAIR, "lora_unet_a.lora_down.weight": A}),
         FormatError,
-        "'lora_unet_a.lora_down.weight' is no key",
+        "keys of 2 tools are mixed, kohya's 'lora_unet_a.lora_down.weight' and diffusers' 'unet.a.lora_A.weight'",
     ),
     "one part twice": (
         saved({**PAIR, "unet.a.lora.down.weight": A}),
@@ -157,7 +157,7 @@ BROKEN = {
     "kohya": (
         saved({"lora_unet_a.lora_down.weight": A, "lora_unet_a.lora_up.weight": B}),
         FormatError,
-        "look like kohya's",
+        "unet 0 of 1 names can be read without the base; .* give the base",
     ),
     "no component": (saved({"a.lora_A.weight": A, "a.lora_B.weight": B}), FormatError, "without a component"),
     "whole model": (saved({"model.diffusion_model.x": A}), FormatError, "a whole model's"),
