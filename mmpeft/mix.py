@@ -108,7 +108,8 @@ class Mask:
         """Give the mask at another size, (height, width), float32: each entry the mean of the area that it covers."""
         rows = _coverage(self.area.shape[0], height)
         columns = _coverage(self.area.shape[1], width)
-        return rows @ self.area @ columns.T
+        resized: Tensor = rows @ self.area @ columns.T
+        return resized
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self._digest == other._digest
