@@ -114,13 +114,17 @@ def peft_files(component: str, layers: Mapping[str, LayerAdapter], base: str) ->
     return {PEFT_WEIGHTS: serialise(tensors, {"format": "pt"}), PEFT_CONFIG: _json(config)}
 
 
-def load(path: str | Path, base: Any = None) -> Adapter:
+def load(
+    path: str | Path, base: Any = None, *, base_shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Adapter:
     """Read an adapter: a native, diffusers or PEFT folder, or a .safetensors file in their, kohya's or LyCORIS's names.
 
     Args:
         base: a pipeline, its folder, a module, or modules by component name. With it every layer must exist there
             in the same shape, a PEFT adapter finds its component, any name of kohya's can be read, and layers whose
             change depends on the base's weight know it; without it names are taken as they are.
+        base_shapes: where the base is known by its files alone: what it has, by name on disk with the component. Names
+            are read as with `base`; whether the adapter fits is left to the caller.
 
     Raises:
         AdapterError: there is no such file, or it is a pickle.
@@ -129,7 +133,8 @@ def load(path: str | Path, base: Any = None) -> Adapter:
     """
     file = weights_file(Path(path))
     modules = None if base is None else modules_of(base)
-    layers = read_layers(file, *read_tensors(file), modules)
+    there = base_shapes if modules is None else shapes(modules)
+    layers = read_layers(file, *read_tensors(file), there)
     for name, layer in layers.items():
         _check_finite(f"{file.name}: {name}", layer.tensors)
         _check_scale(f"{file.name}: {name}", layer)
@@ -137,20 +142,20 @@ def load(path: str | Path, base: Any = None) -> Adapter:
     if modules is None:
         return adapter
     check_fits(adapter, modules, file.name)
-    return Adapter(dict(_bound(adapter, modules)), adapter.card)
+    return Adapter(dict(bound_layers(adapter, modules)), adapter.card)
 
 
 def read_layers(
     file: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    modules: Mapping[str, nn.Module] | None,
+    there: Mapping[str, tuple[int, ...]] | None,
 ) -> dict[str, LayerAdapter]:
     """Turn a file's tensors into layer adapters by layer name, whoever's names they have; numbers are not looked at.
 
     Args:
         file: tells the format's other files, and errors what to call it.
-        modules: of the base by component, where it is known.
+        there: shapes of what the base has, by name on disk with the component, where it is known.
 
     Raises:
         FormatError: a key is unknown, or keys of several tools are mixed.
@@ -166,9 +171,9 @@ def read_layers(
             examples = " and ".join(f"{name} {key!r}" for name, key in found.items())
             raise FormatError(f"keys of {len(found)} tools are mixed, {examples}; split the file by tool")
         if "PEFT's" in found:
-            return _read_peft(file, tensors, modules or {})
+            return _read_peft(file, tensors, {name.partition(".")[0] for name in there or ()})
         if "kohya's" in found:
-            return kohya.read(tensors, metadata, None if modules is None else shapes(modules))
+            return kohya.read(tensors, metadata, there)
         if "diffusers'" in found:
             return diffusers.read(tensors, metadata)
         raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
@@ -241,7 +246,7 @@ def _places(component: str, model: nn.Module) -> dict[str, tuple[str, str]]:
     )
 
 
-def _bound(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, LayerAdapter]]:
+def bound_layers(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, LayerAdapter]]:
     """Give layers that depend on the base's weight a reference to it, where it lies there as plain numbers."""
     for component in adapter.components:
         places = _places(component, modules[component])
@@ -280,9 +285,7 @@ def weights_file(path: Path) -> Path:
     raise FormatError(f"{path} has no .safetensors file; it has {', '.join(names) or 'nothing'}")
 
 
-def _read_peft(
-    file: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, LayerAdapter]:
+def _read_peft(file: Path, tensors: Mapping[str, Tensor], components: set[str]) -> dict[str, LayerAdapter]:
     config_file = file.parent / PEFT_CONFIG
     if not config_file.is_file():
         raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
@@ -290,8 +293,8 @@ def _read_peft(
     layers = peft.read(tensors, config)
     in_native_folder = file.parent.parent.name == "peft" and file.parent.name in COMPONENTS
     component = file.parent.name if in_native_folder else peft.component_of(layers, config)
-    if component is None and len(modules) == 1:
-        component = next(iter(modules))
+    if component is None and len(components) == 1:
+        (component,) = components
     if component is None:
         raise FormatError(
             "it does not say which component it belongs to; give the base that it was trained on"
