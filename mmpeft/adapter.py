@@ -122,14 +122,13 @@ def shapes_agree(ours: tuple[int, ...], weight: tuple[int, ...]) -> bool:
             side that the adapter does not know.
         weight: the weight's own.
     """
-    if len(ours) == len(weight):
-        return all(mine in (-1, theirs) for mine, theirs in zip(ours, weight, strict=True))
-    if min(len(ours), len(weight)) < 2:
-        return False
-    matrix = (weight[0], prod(weight[1:]))
-    mine = (ours[0], -1 if -1 in ours[1:] else prod(ours[1:]))
-    is_flat = len(ours) == 2 or all(side == 1 for side in ours[2:])
-    return is_flat and all(one in (-1, other) for one, other in zip(mine, matrix, strict=True))
+    if len(ours) == 2 < len(weight):
+        weight = (weight[0], prod(weight[1:]))
+    elif len(weight) == 2 < len(ours) and all(side in (1, -1) for side in ours[2:]):
+        ours = ours[:2]
+    return len(ours) == len(weight) and all(
+        mine in (-1, theirs) for mine, theirs in zip(ours, weight, strict=True)
+    )
 
 
 @dataclass(frozen=True)

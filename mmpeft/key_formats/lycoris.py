@@ -382,8 +382,10 @@ def _weight_parts(layer: LayerAdapter) -> dict[str, Tensor]:
         case WeightDecomposedLayer():
             return {**_weight_parts(layer.direction), "dora_scale": layer.dora_scale}
         case DoraLayer():
-            scale = layer.lora_magnitude_vector.reshape(-1, *[1] * (layer.lora_A.ndim - 1))
-            return {**_factors(layer, _LORA, layer.scale * layer.rank), "dora_scale": scale}
+            parts = _factors(
+                layer, {**_LORA, "lora_magnitude_vector": "dora_scale"}, layer.scale * layer.rank
+            )
+            return {**parts, "dora_scale": parts["dora_scale"].reshape(-1, *[1] * (layer.lora_A.ndim - 1))}
         case LoraLayer() | LoconLayer():
             parts = _factors(layer, {**_LORA, **_REST}, layer.scale * layer.rank)
             return {**parts, **_rest_size(layer)}

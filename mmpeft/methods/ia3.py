@@ -40,7 +40,8 @@ class Ia3Layer(WeightDependent):
             return tuple(self.base_weight.shape)
         if self.weight_shape is not None:
             return self.weight_shape
-        return (self.scaling.numel(), -1) if self.side == "output" else (-1, self.scaling.numel())
+        sides = (self.scaling.numel(), -1) if self.side == "output" else (-1, self.scaling.numel())
+        return (*sides, *[-1] * (self.scaling.ndim - 2))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

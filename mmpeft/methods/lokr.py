@@ -87,14 +87,14 @@ class LokrLayer(LayerAdapter):
         """Give the change; exactly low-rank where w2 is and that is the shorter form, else dense."""
         first, (B2, A2) = _product(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b), self._second()
         if B2 is None:
-            return Dense((torch.kron(first, A2) * self.scale).reshape(self.shape))
+            return Dense((_kron(first, A2) * self.scale).reshape(self.shape))
         if self.lokr_w1_a is not None and self.lokr_w1_b is not None:
             B1, A1 = self.lokr_w1_a.detach().float(), self.lokr_w1_b.detach().float()
         else:
             # kron(w1, B2 A2) = kron(w1, B2) kron(1, A2) = kron(1, B2) kron(w1, A2): the shorter side is the rank
             one = torch.eye(min(first.shape), device=first.device)
             B1, A1 = (one, first) if first.shape[0] < first.shape[1] else (first, one)
-        return shortest(torch.kron(B1, B2) * self.scale, torch.kron(A1, A2), self.shape)
+        return shortest(_kron(B1, B2) * self.scale, _kron(A1, A2), self.shape)
 
     def _second(self) -> tuple[Tensor | None, Tensor]:
         """Give w2 as its factors (b, rank) and (rank, d*kh*kw), or None and the whole (b, d*kh*kw), float32."""
@@ -122,6 +122,12 @@ class LokrLayer(LayerAdapter):
         if self.lokr_t2 is not None:
             return self.lokr_w2_a.shape[1], self.lokr_w2_b.shape[1], *self.lokr_t2.shape[2:]
         return self.lokr_w2_a.shape[0], *self.lokr_w2_b.shape[1:]
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    # torch.kron fails on matrices of one column
+    rows, columns = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+    return torch.einsum("ac,bd->abcd", first, second).reshape(rows, columns)
 
 
 def _product(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
