@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from mmpeft.adapter_file import load as load_adapter  # noqa: F401
     from mmpeft.bank import AdapterBank as AdapterBank
     from mmpeft.bank import attach as attach
+    from mmpeft.composition.compose import compose as compose
+    from mmpeft.composition.interference import interference as interference
     from mmpeft.config import Recipe as Recipe
     from mmpeft.errors import MmpeftError as MmpeftError
     from mmpeft.trainers.plan import plan as plan
@@ -28,6 +30,8 @@ _PLACES = {
     "Recipe": "mmpeft.config:Recipe",
     "TrainResult": "mmpeft.trainers.training:TrainResult",
     "attach": "mmpeft.bank:attach",
+    "compose": "mmpeft.composition.compose:compose",
+    "interference": "mmpeft.composition.interference:interference",
     "load_adapter": "mmpeft.adapter_file:load",
     "plan": "mmpeft.trainers.plan:plan",
     "train": "mmpeft.trainers.training:train",

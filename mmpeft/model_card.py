@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mmpeft.adapter import Adapter
+from mmpeft.adapter import Adapter, AdapterCard
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -29,6 +29,8 @@ def model_card(adapter: Adapter, files: Sequence[str] = ()) -> str:
     if pictures := [name for name in files if name.lower().endswith(_PICTURES)]:
         parts.append("## Pictures\n\n" + "\n".join(f"![{name}]({name})" for name in pictures))
         parts += [_table(card.preview)] if card.preview else []
+    if card.parents:
+        parts.append(_lineage(card))
     for title, values in (("Figures", card.metrics), ("Recipe", card.recipe), ("Made with", card.versions)):
         if values:
             parts.append(f"## {title}\n\n{_table(values)}")
@@ -95,6 +97,24 @@ def _usage(adapter: Adapter, is_image: bool) -> str:
         "bank.mix(this=0.8)"
     )
     return f"## Use\n\n```python\n{code}\n```\n\nTo mix it with others at chosen strengths:\n\n```python\n{ours}\n```"
+
+
+def _lineage(card: AdapterCard) -> str:
+    """Tell the parents of a composed adapter, and the command that makes it from them again."""
+    rows = ["| parent | weight | method | base | trigger |", "|---|---|---|---|---|"]
+    for parent in card.parents:
+        cells = [
+            f"`{parent.get('digest', '')}`",
+            json.dumps(parent.get("weight"), ensure_ascii=False),
+            ", ".join(parent.get("methods", ())),
+            parent.get("base") or "",
+            parent.get("trigger") or "",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    names = " ".join(f"PARENT_{number}" for number in range(1, len(card.parents) + 1))
+    command = f"mmpeft compose --like path/to/this/folder {names} --out again"
+    again = f"The same again, from the parents in any order:\n\n```\n{command}\n```"
+    return "## Composed from\n\n" + "\n".join(rows) + f"\n\n{again}"
 
 
 def _table(values: Any) -> str:

@@ -12,6 +12,8 @@ def test_public_names_are_these():
         "Recipe",
         "TrainResult",
         "attach",
+        "compose",
+        "interference",
         "load_adapter",
         "plan",
         "train",

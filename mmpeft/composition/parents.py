@@ -1,0 +1,199 @@
+"""Adapters that meet: opened, named, checked against each other, and given layer by layer as changes of one shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmpeft import adapter_file
+from mmpeft.adapter import Adapter, LayerAdapter, shapes_agree
+from mmpeft.backbones.fingerprint import Fingerprint, compare
+from mmpeft.delta import Delta, Dense, LowRank, Sum
+from mmpeft.errors import AdapterError, BaseMismatch, ConfigError, FormatError, MethodError
+from mmpeft.injection import shapes
+
+
+class Parents(Sequence[Adapter]):
+    """The adapters of a composition or a comparison, in the order in which they were given.
+
+    Args:
+        adapters: adapters, or paths of what `load_adapter` reads.
+        base: what `load_adapter` takes; needed by methods whose change depends on the base's weights.
+
+    Raises:
+        ConfigError: one is neither an adapter nor a path.
+        AdapterError: a file cannot be read, is empty, or holds numbers that are not finite.
+        BaseMismatch: one does not fit `base`.
+        MethodError: a method of one is no change of weights.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter | str | Path], base: Any = None) -> None:
+        self._modules = adapter_file.modules_of(base) if base is not None else {}
+        self._base_shapes = shapes(self._modules)
+        self.titles = titles_of(adapters)
+        self._adapters = tuple(
+            self._opened(adapter, title) for adapter, title in zip(adapters, self.titles, strict=True)
+        )
+        for title, adapter in zip(self.titles, self, strict=True):
+            _check_methods(title, adapter)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._adapters[number]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of all layers that any of them has, sorted."""
+        return tuple(sorted({layer for adapter in self for layer in adapter}))
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """Give the shape of a layer's weight: the fullest that is known, where some files only tell the matrix.
+
+        Raises:
+            BaseMismatch: the adapters disagree.
+            AdapterError: none of them tells the whole shape, and there is no base.
+        """
+        told = {
+            title: tuple(adapter[layer].shape)
+            for title, adapter in zip(self.titles, self, strict=True)
+            if layer in adapter
+        }
+        whole = [shape for shape in told.values() if -1 not in shape]
+        if layer not in self._base_shapes and not whole:
+            raise AdapterError(
+                f"{next(iter(told))} does not tell the shape of {layer}'s weight; give the base that it was trained on"
+            )
+        fullest = self._base_shapes.get(layer) or max(whole, key=len)
+        for title, shape in told.items():
+            if not shapes_agree(shape, fullest):
+                other = next((name for name, theirs in told.items() if theirs == fullest), "the base")
+                raise BaseMismatch(
+                    f"{title} and {other} belong to different bases: {layer} is {shape} in {title} and {fullest} "
+                    f"in {other}"
+                )
+        return fullest
+
+    def delta(self, number: int, layer: str) -> Delta | None:
+        """Give what an adapter changes at a layer, in the layer's fullest shape; None where it has no such layer.
+
+        Raises:
+            AdapterError: the method needs the base's weight, and there is none.
+            FormatError: the layer holds numbers that are not finite.
+        """
+        title, layers = self.titles[number], self[number]
+        if layer not in layers:
+            return None
+        layer_adapter = layers[layer]
+        _check_finite(title, layer, layer_adapter)
+        try:
+            delta = layer_adapter.delta()
+        except AdapterError as error:
+            raise AdapterError(f"{title}: {layer}: {error}") from error
+        return _in_shape(delta, self.shape(layer))
+
+    def check_bases(self) -> str | None:
+        """Compare the bases that the cards tell of.
+
+        Returns:
+            A sentence where two of them are different fine-tunes of one base; None where they are the same, or unknown.
+
+        Raises:
+            BaseMismatch: they cannot share adapters.
+        """
+        apart: tuple[float, str] | None = None
+        for (a, ours), (b, theirs) in combinations(self._fingerprints().items(), 2):
+            known = ours.prediction and theirs.prediction
+            shared = [layer for layer in ours.layers if layer in theirs.layers]
+            verdict = compare(
+                Fingerprint(
+                    ours.prediction if known else "", {layer: ours.layers[layer] for layer in shared}
+                ),
+                replace(theirs, prediction=theirs.prediction if known else ""),
+            )
+            names = [
+                f"{self.titles[n]} was trained on {self[n].card.base or 'an unnamed base'}" for n in (a, b)
+            ]
+            both = " and ".join(names)
+            if verdict.kind == "other":
+                raise BaseMismatch(f"{both}, which cannot share adapters: {verdict.reason}")
+            if verdict.kind == "fine-tune" and verdict.distance > (apart[0] if apart else 0.0):
+                apart = (
+                    verdict.distance,
+                    f"{both}: same shapes and other weights, {verdict.distance:.1%} apart",
+                )
+        return apart[1] if apart else None
+
+    def _fingerprints(self) -> dict[int, Fingerprint]:
+        return {
+            number: Fingerprint.from_json(adapter.card.fingerprint)
+            for number, adapter in enumerate(self)
+            if adapter.card.fingerprint
+        }
+
+    def _opened(self, given: Any, title: str) -> Adapter:
+        if isinstance(given, str | Path):
+            return adapter_file.load(given, self._modules or None)
+        if not isinstance(given, Adapter):
+            raise ConfigError(f"an adapter or the path of one is needed; got {type(given).__name__}")
+        if not len(given):
+            raise AdapterError(f"{title} is empty; it has no layer")
+        if not self._modules:
+            return given
+        adapter_file.check_fits(given, self._modules, title)
+        return Adapter(dict(adapter_file.bound_layers(given, self._modules)), given.card)
+
+
+def titles_of(adapters: Sequence[Any]) -> tuple[str, ...]:
+    """Name adapters: paths by the part that tells them apart (runs/ink/adapter: ink), the rest by their places."""
+    paths = {n: Path(os.path.normpath(a)).parts for n, a in enumerate(adapters) if isinstance(a, str | Path)}
+    depth = min(map(len, paths.values()), default=1)
+    for cut in range(1, depth + 1):
+        names = {number: parts[-cut] for number, parts in paths.items()}
+        if len(set(names.values())) == len(names):
+            break
+    else:
+        names = {number: str(Path(*parts)) for number, parts in paths.items()}
+    # one file given twice is told apart by its place
+    again = len(set(names.values())) < len(names)
+    return tuple(
+        f"adapter {number + 1}"
+        if number not in names
+        else f"{names[number]} ({number + 1})"
+        if again
+        else names[number]
+        for number in range(len(adapters))
+    )
+
+
+def _in_shape(delta: Delta, shape: tuple[int, ...]) -> Delta:
+    if delta.shape == shape:
+        return delta
+    if isinstance(delta, LowRank):
+        return LowRank(delta.lora_B, delta.lora_A, shape)
+    if isinstance(delta, Sum):
+        return Sum(tuple(_in_shape(part, shape) for part in delta.parts), shape)
+    return Dense(delta.dense().reshape(shape))
+
+
+def _check_methods(title: str, adapter: Adapter) -> None:
+    for layer in {layer.method: layer for layer in adapter.values()}.values():
+        try:
+            layer.delta()
+        except MethodError as error:
+            raise MethodError(f"{title}: {error}") from error
+        except AdapterError:
+            pass  # without its base's weight; of no matter for layers that are not asked for
+
+
+def _check_finite(title: str, layer: str, layer_adapter: LayerAdapter) -> None:
+    for part, tensor in layer_adapter.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"{title}: {layer} has numbers that are not finite in its {part}")
