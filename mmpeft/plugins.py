@@ -27,8 +27,8 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "denoise": "mmpeft.diffusion.denoise:Denoise",
     },
     "strategy": {
-        "sum": "mmpeft.composition.sum:sum",
-        "svd": "mmpeft.composition.svd:svd",
+        "sum": "mmpeft.composition.sum:weighted_sum",
+        "svd": "mmpeft.composition.svd:truncated_sum",
         "ties": "mmpeft.composition.ties:ties",
         "dare": "mmpeft.composition.dare:dare",
         "dare_ties": "mmpeft.composition.dare:dare_ties",
@@ -36,7 +36,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "slerp": "mmpeft.composition.slerp:slerp",
         "knots": "mmpeft.composition.knots:knots",
         "orthogonal": "mmpeft.composition.orthogonal:orthogonal",
-        "zip": "mmpeft.composition.zip:zip",
+        "zip": "mmpeft.composition.zip:zip_columns",
     },
 }
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in _BUILT_IN}
