@@ -10,8 +10,9 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -216,10 +217,28 @@ class Mix:
         """Understand a mapping of names to whatever `Weight.of` takes; keywords are shorthand for the same.
 
         Raises:
-            ConfigError: a weight that is none.
+            ConfigError: no mapping, or a weight that is none.
         """
-        given = {**(mix.weights if isinstance(mix, Mix) else mix or {}), **weights}
+        named = mix.weights if isinstance(mix, Mix) else {} if mix is None else mix
+        if not isinstance(named, Mapping):
+            raise ConfigError(f"a mix is adapter names with their weights; got {mix!r}")
+        given = {**named, **weights}
         return cls({str(name): _named_weight(str(name), weight) for name, weight in given.items()})
+
+    @classmethod
+    def for_prompts(cls, mixes: Sequence[Mapping[str, Any] | Mix]) -> Mix:
+        """Make one mix of one for each prompt of a batch: their numbers become weights per sample.
+
+        Args:
+            mixes: as `of` takes them, in the order of the prompts; {} is the base alone.
+
+        Raises:
+            ConfigError: no mix, or an adapter whose weights differ in more than their numbers.
+        """
+        if not mixes:
+            raise ConfigError("adapters for each prompt: give one mix for each prompt; got none")
+        each = [cls.of(mix).weights for mix in mixes]
+        return cls({name: _across(name, each) for name in dict.fromkeys(chain.from_iterable(each))})
 
     def __hash__(self) -> int:
         return hash(frozenset(self.weights.items()))
@@ -239,6 +258,21 @@ def _named_weight(name: str, weight: Any) -> Weight:
         return Weight.of(weight)
     except ConfigError as error:
         raise ConfigError(f"the weight of {name!r}: {error}") from error
+
+
+def _across(name: str, mixes: Sequence[Mapping[str, Weight]]) -> Weight:
+    """Join one adapter's weights in the mixes of several prompts."""
+    given = [mix[name] for mix in mixes if name in mix]
+    alike = {replace(weight, value=1.0) for weight in given}
+    if len(alike) > 1 or given[0].samples is not None:
+        raise ConfigError(
+            f"the weights of {name!r} for different prompts may differ in their numbers alone, not in blocks, "
+            f"schedule, mask or branch, and have no samples of their own; got {given}"
+        )
+    values = tuple(mix[name].value if name in mix else 0.0 for mix in mixes)
+    if len(set(values)) == 1:
+        return given[0]
+    return replace(given[0], value=1.0, samples=values)
 
 
 def _number(value: Any) -> float:

@@ -187,3 +187,39 @@ def test_a_mix_is_a_value():
 def test_what_a_mix_does_not_name_counts_nothing():
     assert Mix.of(a=0.5).at("a", TO_Q) == 0.5
     assert Mix.of(a=0.5).at("b", TO_Q) == 0.0
+
+
+def test_mixes_for_prompts_become_weights_per_sample():
+    window = Schedule.window(0, 0.5)
+    mix = Mix.for_prompts([{"a": 0.5, "b": 1.0}, {}, Mix.of(a=-1.0, b=1.0, c=Weight(2.0, schedule=window))])
+    assert mix == Mix.of(
+        a=Weight(samples=(0.5, 0.0, -1.0)),
+        b=Weight(samples=(1.0, 0.0, 1.0)),
+        c=Weight(schedule=window, samples=(0.0, 0.0, 2.0)),
+    )
+    assert Mix.for_prompts([{"a": 0.5}, {"a": 0.5}]) == Mix.of(a=0.5)
+    assert Mix.for_prompts([{}, {}]) == Mix()
+
+
+@pytest.mark.parametrize(
+    "mixes",
+    [
+        [{"a": Weight(mask=Mask(HALF))}, {"a": 1.0}],
+        [{"a": {"unet": 0.5}}, {"a": {"unet": 0.6}}],
+        [{"a": Weight(samples=(1.0, 2.0))}],
+    ],
+)
+def test_weights_of_prompts_that_differ_in_more_than_numbers_are_refused(mixes):
+    with pytest.raises(ConfigError, match="'a' for different prompts may differ in their numbers alone"):
+        Mix.for_prompts(mixes)
+
+
+def test_mixes_for_no_prompts_are_refused():
+    with pytest.raises(ConfigError, match="one mix for each prompt; got none"):
+        Mix.for_prompts([])
+
+
+@pytest.mark.parametrize("mix", ["ink", ["ink"], 0.5])
+def test_a_mix_that_names_no_weights_is_refused(mix):
+    with pytest.raises(ConfigError, match="a mix is adapter names with their weights; got"):
+        Mix.of(mix)
