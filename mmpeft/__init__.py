@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from mmpeft.adapter import Adapter as Adapter
     from mmpeft.adapter import AdapterCard as AdapterCard
     from mmpeft.adapter_file import load as load_adapter  # noqa: F401
+    from mmpeft.baking import BakeReport as BakeReport
+    from mmpeft.baking import bake as bake
     from mmpeft.bank import AdapterBank as AdapterBank
     from mmpeft.bank import attach as attach
     from mmpeft.composition.compose import compose as compose
@@ -26,10 +28,12 @@ _PLACES = {
     "Adapter": "mmpeft.adapter:Adapter",
     "AdapterBank": "mmpeft.bank:AdapterBank",
     "AdapterCard": "mmpeft.adapter:AdapterCard",
+    "BakeReport": "mmpeft.baking:BakeReport",
     "MmpeftError": "mmpeft.errors:MmpeftError",
     "Recipe": "mmpeft.config:Recipe",
     "TrainResult": "mmpeft.trainers.training:TrainResult",
     "attach": "mmpeft.bank:attach",
+    "bake": "mmpeft.baking:bake",
     "compose": "mmpeft.composition.compose:compose",
     "interference": "mmpeft.composition.interference:interference",
     "load_adapter": "mmpeft.adapter_file:load",

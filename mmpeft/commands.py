@@ -188,7 +188,7 @@ def generate(
     settings = BaseSettings(name=base, config=base_config, attention=attention, precision=precision)
     sheet = draw_grid(
         prompts,
-        adapters=[_path_and_weight(text) for text in adapter],
+        adapters=[path_and_weight(text) for text in adapter],
         base=settings,
         grid=_weights(grid),
         negative_prompt=negative,
@@ -201,6 +201,25 @@ def generate(
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out)
     print(f"wrote {out} ({sheet.width} x {sheet.height})")
+
+
+def bake(base: str, adapters: tuple[str, ...], /, *, out: Path, strict_base: bool = False) -> None:
+    """Write a base with adapters fused into its weights: a model folder, or a single file of a single file.
+
+    Parameters
+    ----------
+    base:
+        A model's folder, a .safetensors file, pocket, or a hub name that is in the cache.
+    adapters:
+        Folders or files, each with its weight if it is not 1: runs/ink/adapter=0.8.
+    out:
+        The new folder or file.
+    strict_base:
+        Refuse adapters of another fine-tune of this base.
+    """
+    from mmpeft.baking import bake as run
+
+    print(run(base, [path_and_weight(text) for text in adapters], out, strict_base=strict_base).text())
 
 
 def inspect(
@@ -266,11 +285,16 @@ def _weights(text: str) -> list[float]:
         raise ConfigError(f"--grid {text}: must be numbers with commas between, such as 0,0.5,1") from None
 
 
-def _path_and_weight(text: str) -> tuple[Path, float]:
+def path_and_weight(text: str) -> tuple[Path, float]:
+    """Read path=weight, or a path alone, which counts fully.
+
+    Raises:
+        ConfigError: the weight is no number.
+    """
     path, equals, weight = text.rpartition("=")
     if not equals:
         return Path(text), 1.0
     try:
         return Path(path), float(weight)
     except ValueError:
-        raise ConfigError(f"--adapter {text}: the weight after = must be a number; got {weight!r}") from None
+        raise ConfigError(f"{text}: the weight after = must be a number; got {weight!r}") from None

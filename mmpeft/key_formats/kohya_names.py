@@ -69,7 +69,7 @@ _STEM = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_RESIDUAL = {
+RESIDUAL = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -129,7 +129,7 @@ def from_vocabulary(component: str, flat: str, layers_per_block: int = LAYERS_PE
         if not rest:
             names.append(prefix)
         elif ".resnets." in prefix:
-            names += [f"{prefix}.{new}" for new, old in _RESIDUAL.items() if flattened(old) == rest]
+            names += [f"{prefix}.{new}" for new, old in RESIDUAL.items() if flattened(old) == rest]
         else:
             names += [f"{prefix}.{name}" for name in _segmentations(rest, levels)]
     names = names or list(_segmentations(flat, levels))
@@ -152,13 +152,13 @@ def original_names(name: str, layers_per_block: int = LAYERS_PER_BLOCK) -> tuple
     Returns:
         None, one, or for an upsampler two: its place depends on whether its block has attention; the first is with.
     """
-    for prefix, originals in _blocks(layers_per_block).items():
+    for prefix, originals in original_blocks(layers_per_block).items():
         if name == prefix:
             return originals
         if name.startswith(prefix + "."):
             rest = name.removeprefix(prefix + ".")
             if ".resnets." in prefix:
-                return tuple(f"{original}.{_RESIDUAL[rest]}" for original in originals if rest in _RESIDUAL)
+                return tuple(f"{original}.{RESIDUAL[rest]}" for original in originals if rest in RESIDUAL)
             return tuple(f"{original}.{rest}" for original in originals)
     return ()
 
@@ -174,7 +174,7 @@ def _diffusers_prefixes(flat: str, layers_per_block: int) -> Iterator[tuple[str,
     """Find which block of diffusers' a flattened original name starts with, and what is left of the name."""
     found = [
         (len(flattened(original)), prefix, flat.removeprefix(flattened(original)).removeprefix("_"))
-        for prefix, originals in _blocks(layers_per_block).items()
+        for prefix, originals in original_blocks(layers_per_block).items()
         for original in originals
         if flat == flattened(original) or flat.startswith(flattened(original) + "_")
     ]
@@ -184,7 +184,7 @@ def _diffusers_prefixes(flat: str, layers_per_block: int) -> Iterator[tuple[str,
 
 
 @cache
-def _blocks(layers_per_block: int) -> dict[str, tuple[str, ...]]:
+def original_blocks(layers_per_block: int) -> dict[str, tuple[str, ...]]:
     """Tabulate which block of the original code is which of diffusers'.
 
     The original counts all that lies between two joints of the U: input block 0 is the first convolution, and each down
