@@ -25,7 +25,15 @@ SHORT_FORMS = {
 }
 # Commands whose flags are the recipe's settings, so that the settings of the chosen plugins are among them.
 RECIPE_COMMANDS = ("train", "plan")
-FUNCTIONS = {"train": "_train", "plan": "_plan", "plugins": "plugins_command"}
+# Where a command's function is, if not in mmpeft.commands under its own name.
+FUNCTIONS = {
+    "train": "mmpeft.commands:_train",
+    "plan": "mmpeft.commands:_plan",
+    "compose": "mmpeft.composition.commands:_compose",
+    "interference": "mmpeft.composition.commands:interference",
+    "compare": "mmpeft.composition.commands:compare",
+    "plugins": "mmpeft.commands:plugins_command",
+}
 
 
 def main() -> None:
@@ -51,7 +59,7 @@ def main() -> None:
 
 
 def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
-    """Build the application; for `train` and `plan` the flags are those of the plugins that the tokens choose."""
+    """Build the application; `train`, `plan` and `compose` have the flags of the plugins that the tokens choose."""
     app = cyclopts.App(
         name="mmpeft",
         version=mmpeft.__version__,
@@ -70,17 +78,25 @@ def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
             name=tokens[0],
             help_epilogue=f"Short forms: {shorts}.",
         )
+    elif tokens[:1] == ["compose"]:
+        from mmpeft.composition.commands import compose_command
+
+        app.command(compose_command(tokens), name="compose")
     for name, summary in (
         ("train", "Train an adapter from a folder of images or a recipe."),
         ("plan", "Look at data and cost before training: nothing is trained."),
         ("generate", "Draw pictures with adapters mixed at given weights."),
+        ("bake", "Write a base with adapters fused into its weights."),
+        ("compose", "Compose adapters into a new adapter."),
+        ("interference", "Measure what adapters would do to each other."),
+        ("compare", "Say how far apart two adapters are."),
         ("inspect", "Say what is in an adapter."),
         ("doctor", "Say what works on this machine, and how to get the rest."),
         ("plugins", "List methods, backbones, objectives, datasets and strategies."),
         ("quickstart", "Train, mix, fuse and measure two adapters on the embedded base."),
     ):
-        if not (name in RECIPE_COMMANDS and list(tokens[:1]) == [name]):
-            app.command(f"mmpeft.commands:{FUNCTIONS.get(name, name)}", name=name, help=summary)
+        if not (name in (*RECIPE_COMMANDS, "compose") and list(tokens[:1]) == [name]):
+            app.command(FUNCTIONS.get(name, f"mmpeft.commands:{name}"), name=name, help=summary)
     return app
 
 

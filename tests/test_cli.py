@@ -41,7 +41,7 @@ def complaint(monkeypatch, capsys):
 def test_the_top_help_lists_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("train", "plan", "generate", "inspect", "doctor", "plugins", "quickstart"):
+    for command in ("train", "plan", "generate", "compose", "interference", "compare", "inspect", "doctor"):
         assert re.search(rf"\b{command}\b", done.stdout)
 
 

@@ -75,7 +75,9 @@ def _draw_cell(
     colour = _colour(strength or 0.0, column.is_signed)
     draw.rectangle([x, y, x + _CELL - 1, y + _ROW - 1], fill=colour, outline=FRAME)
     if value is not None:
-        _centred(draw, (x, y + 5, _CELL), f"{value:.2f}", font, INK if sum(colour) > 400 else PAPER)
+        _centred(
+            draw, (x, y + 5, _CELL), f"{round(value, 2) + 0.0:.2f}", font, INK if sum(colour) > 400 else PAPER
+        )
 
 
 def _colour(strength: float, is_signed: bool) -> tuple[int, int, int]:

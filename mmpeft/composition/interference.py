@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Of a change that is not low-rank: the directions that hold 99 % of its energy, a relative error of 0.1.
 _ERROR_OF_SPACES = 0.1
 _SHOWN = 5
+# Sign conflict beyond what layers of a few thousand entries have by chance.
+_FIGHT = 0.55
 _LEGEND = (
     "norms: of both changes; cosine: 1 same direction, -1 opposite; conflict: share of what meets in entries of\n"
     "opposite sign, 0.5 by chance; outputs, inputs: how far the spaces that they write and read coincide, and (what\n"
@@ -117,7 +119,7 @@ class Interference:
         for pair in self.pairs:
             parts.append(_table(" and ".join(pair), [*self.blocks(pair), self.overall(pair)]))
             fights = sorted(self.of(pair), key=lambda m: m.energy * (m.sign_conflict - 0.5), reverse=True)
-            worst = [m for m in fights[:_SHOWN] if m.sign_conflict > 0.5]
+            worst = [m for m in fights[:_SHOWN] if m.sign_conflict > _FIGHT]
             if worst:
                 shares = (f"  {m.layer} (conflict {m.sign_conflict:.2f})" for m in worst)
                 parts.append("\n".join(["where they work against each other most:", *shares]))
@@ -279,8 +281,8 @@ def _merged(name: str, pair: tuple[str, str], meetings: Iterable[Meeting]) -> Me
 
 
 def _block(layer: str) -> str:
-    """Give the block that a layer is in: its name up to the first number, else without its last level."""
-    numbered = re.match(r".*?\.\d+(?=\.)", layer)
+    """Give the block that a layer is in: its name up to the first number and the part after it (attentions, mlp)."""
+    numbered = re.match(r".*?\.\d+(\.[^.]+(?=\.))?(?=\.)", layer)
     return numbered[0] if numbered else layer.rpartition(".")[0]
 
 
@@ -297,10 +299,11 @@ def _table(title: str, meetings: Sequence[Meeting]) -> str:
     ]
     for m in meetings:
         norms = f"{m.norms[0]:.3g}, {m.norms[1]:.3g}"
+        cosine = f"{round(m.cosine, 2) + 0.0:.2f}"  # no -0.00
         outputs = _with_chance(m.output_overlap, m.output_chance)
         inputs = _with_chance(m.input_overlap, m.input_chance)
         lines.append(
-            f"{m.layer:<{width}}  {norms:>17}  {m.cosine:>6.2f}  {m.sign_conflict:>8.2f}  {outputs:>16}  {inputs:>15}"
+            f"{m.layer:<{width}}  {norms:>17}  {cosine:>6}  {m.sign_conflict:>8.2f}  {outputs:>16}  {inputs:>15}"
         )
     return "\n".join(lines)
 

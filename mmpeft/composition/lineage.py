@@ -58,6 +58,7 @@ def _common_base(parents: Parents) -> tuple[str, dict[str, Any] | None]:
 
 
 def weight_json(weight: Weight) -> float | dict[str, Any]:
+    """Write a constant adapter weight as a card has it: a number, or one with factors per block."""
     if not weight.blocks:
         return weight.value
     return {"value": weight.value, "blocks": [list(block) for block in weight.blocks]}
