@@ -74,8 +74,28 @@ class LokrLayer(LayerAdapter):
         """The weight's shape, or the matrix (out, in*kh*kw)."""
         if self.weight_shape is not None:
             return self.weight_shape
-        (a, c), (b, *d) = self._first_shape(), self._second_shape()
+        (a, c), (b, *d) = self.first_shape, self.second_shape
         return a * b, c * d[0], *d[1:]
+
+    @property
+    def first_shape(self) -> tuple[int, ...]:
+        """The shape of w1: (a, c)."""
+        if self.lokr_w1 is not None:
+            return tuple(self.lokr_w1.shape)
+        assert self.lokr_w1_a is not None
+        assert self.lokr_w1_b is not None
+        return self.lokr_w1_a.shape[0], self.lokr_w1_b.shape[1]
+
+    @property
+    def second_shape(self) -> tuple[int, ...]:
+        """The shape of w2: (b, d), (b, d, kh, kw), or (b, d*kh*kw) where its tensors tell no more."""
+        if self.lokr_w2 is not None:
+            return tuple(self.lokr_w2.shape)
+        assert self.lokr_w2_a is not None
+        assert self.lokr_w2_b is not None
+        if self.lokr_t2 is not None:
+            return self.lokr_w2_a.shape[1], self.lokr_w2_b.shape[1], *self.lokr_t2.shape[2:]
+        return self.lokr_w2_a.shape[0], *self.lokr_w2_b.shape[1:]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -106,22 +126,6 @@ class LokrLayer(LayerAdapter):
         if self.lokr_t2 is not None:
             return upper.T, tucker(self.lokr_t2, self.lokr_w2_b)
         return upper, self.lokr_w2_b.detach().float().flatten(1)
-
-    def _first_shape(self) -> tuple[int, ...]:
-        if self.lokr_w1 is not None:
-            return tuple(self.lokr_w1.shape)
-        assert self.lokr_w1_a is not None
-        assert self.lokr_w1_b is not None
-        return self.lokr_w1_a.shape[0], self.lokr_w1_b.shape[1]
-
-    def _second_shape(self) -> tuple[int, ...]:
-        if self.lokr_w2 is not None:
-            return tuple(self.lokr_w2.shape)
-        assert self.lokr_w2_a is not None
-        assert self.lokr_w2_b is not None
-        if self.lokr_t2 is not None:
-            return self.lokr_w2_a.shape[1], self.lokr_w2_b.shape[1], *self.lokr_t2.shape[2:]
-        return self.lokr_w2_a.shape[0], *self.lokr_w2_b.shape[1:]
 
 
 def _kron(first: Tensor, second: Tensor) -> Tensor:
