@@ -1,80 +1,115 @@
 """Adapters on a live model: loaded side by side, mixed by weights, fused into the base's weights and out again.
 
 All low-rank adapters of a layer are packed into one pair (A_all, B_all) with a vector of adapter weights between them,
-so that their cost is one branch and a new mix is new numbers in that vector.
+so that their cost is one branch and a new mix is new numbers in that vector. What one layer computes is in branch.py,
+what becomes of the weights in fusing.py, what varies in time and place in conditions.py.
 
-The branch is a forward hook on the layer, not a module in its place. The module tree, and so `state_dict`, parameter
-names and what other libraries look up or replace in it, stay as they are; offloading hooks of accelerate replace a
-layer's `forward` and run inside; hooks pickle with the model. Every layer gets its hook when the bank is attached, so
-that a model compiled afterwards has it in its graph whatever is loaded later.
+The branch is a forward hook on the layer, not a module in its place and not another `forward`. The module tree, and so
+`state_dict`, parameter names and what other libraries look up or replace in it, stay as they are; offloading hooks of
+accelerate and diffusers, and LyCORIS, replace a layer's `forward` and put the one back that they found, which would
+lose one of ours without a word; hooks pickle and copy with the model. Every layer gets its hook when the bank is
+attached, so that a model compiled afterwards has it in its graph whatever is loaded later.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from mmpeft import adapter_file
+from mmpeft import adapter_file, fusing
 from mmpeft.adapter import Adapter, LayerAdapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
-from mmpeft.delta import Delta, LowRank, add
-from mmpeft.errors import BankError, BaseMismatch
-from mmpeft.injection import live_layers, weight_shape
+from mmpeft.batch_layout import BatchLayout
+from mmpeft.branch import Branch, Part, branch_of
+from mmpeft.conditions import Conditions
+from mmpeft.delta import Delta
+from mmpeft.errors import BankError, BaseMismatch, ConfigError, MethodError
+from mmpeft.fusing import Fusion, FusionReport
+from mmpeft.injection import live_layers, vector_layers
+from mmpeft.mix import Mix, Weight
 from mmpeft.plugins import near_miss
 
 
-def attach(model: Any) -> AdapterBank:
+def attach(model: Any, *, capacity: int | None = None) -> AdapterBank:
     """Attach an empty bank to a pipeline or a module; nothing changes until adapters are loaded and mixed.
 
     Adapters that PEFT or diffusers have loaded stay and add up with the bank's, whatever the order, as long as they are
-    plain LoRA and not fused.
+    plain LoRA and not fused. A copied or unpickled model computes its mix as it was; attaching to it starts anew.
 
     Args:
         model: a DiffusionPipeline, or one module (UNet, text encoder, ...).
+        capacity: ranks to reserve at every layer for low-rank adapters. For models that torch.compile compiles: while
+            the ranks suffice, neither `mix` nor `load` makes it compile again. They cost time whether used or not.
 
     Raises:
         BankError: there is a bank already, or adapters of another library that cannot share a layer with one.
         AdapterError: there is nothing that can carry adapters.
+        ConfigError: a capacity below 1.
     """
-    return AdapterBank(adapter_file.modules_of(model), type(model).__name__, _prediction_of(model))
+    if capacity is not None and capacity < 1:
+        raise ConfigError(f"capacity: must be at least 1 rank; got {capacity}")
+    modules = adapter_file.modules_of(model)
+    config = getattr(getattr(model, "scheduler", None), "config", None)
+    prediction = getattr(config, "prediction_type", "")
+    bank = AdapterBank(
+        modules,
+        type(model).__name__,
+        prediction="v" if prediction == "v_prediction" else str(prediction),
+        timesteps=int(getattr(config, "num_train_timesteps", 1000)),
+        base=_origin(model),
+        capacity=capacity,
+    )
+    if any(_is_compiled(module) for root in modules.values() for module in root.modules()):
+        torch._dynamo.reset()  # graphs made before the hooks came would go on without them
+        warnings.warn(
+            f"this {type(model).__name__} was compiled before the bank came: it compiles again; attach first, then "
+            f"compile",
+            stacklevel=2,
+        )
+    return bank
 
 
 class AdapterBank:
-    """The adapters of one pipeline or module; made by `attach`."""
+    """The adapters of one pipeline or module; made by `attach`.
 
-    def __init__(self, modules: Mapping[str, nn.Module], title: str, prediction: str = "") -> None:
+    Several threads may share it: each method waits for the others, and `using` keeps others out for its whole block.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        title: str,
+        *,
+        prediction: str = "",
+        timesteps: int = 1000,
+        base: str = "",
+        capacity: int | None = None,
+    ) -> None:
         self._modules = dict(modules)
-        self._title, self._prediction = title, prediction
+        self._title, self._prediction, self._base = title, prediction, base
+        self._lock = threading.RLock()
         self._adapters: dict[str, Adapter] = {}
-        self._weights: dict[str, float] = {}
-        self._kept: list[tuple[Any, Tensor]] | None = None
-        self._branches: dict[str, _Branch] = {}
-        self._handles: list[RemovableHandle] = []
-        layers = {
-            f"{component}.{disk}": module.get_submodule(live)
-            for component, module in self._modules.items()
-            for disk, live in live_layers(component, module).items()
-        }
-        if any(
-            isinstance(hook, _Branch) for layer in layers.values() for hook in layer._forward_hooks.values()
-        ):
-            raise BankError(f"this {title} has a bank already; use it, or detach it first")
+        self._mix = Mix()
+        self._fusion: Fusion | None = None
+        self._branches: dict[str, Branch] = {}
+        self._places: dict[str, tuple[Branch, Part]] = {}  # by what adapters name: layers, norms, biases
+        self._refuse_banks()
         self._refuse_foreign()
-        for name, layer in layers.items():
-            self._branches[name] = branch = _Branch(layer)
-            self._handles.append(layer.register_forward_hook(branch))
-        if any(_is_compiled(module) for root in self._modules.values() for module in root.modules()):
-            torch._dynamo.reset()  # graphs made before the hooks came would go on without them
+        for component, module in self._modules.items():
+            self._find_places(component, module, capacity)
+        for branch in self._branches.values():
+            branch.bank = weakref.ref(self)
+            branch.attach()
+        self._conditions = Conditions(self._modules, timesteps=timesteps)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -82,14 +117,15 @@ class AdapterBank:
         return dict(self._adapters)
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The adapter weights of the present mix, by name."""
-        return dict(self._weights)
+    def weights(self) -> dict[str, float | Weight]:
+        """The adapter weights of the present mix, by name: a number, or the Weight of what is more than a number."""
+        weights = {name: self._mix.weights.get(name, Weight(0.0)) for name in self._adapters}
+        return {name: w if w.varies or w.blocks else w.value for name, w in weights.items()}
 
     @property
     def is_fused(self) -> bool:
         """Whether the mix is in the base's weights."""
-        return self._kept is not None
+        return self._fusion is not None
 
     def load(self, adapter: str | Path | Adapter, name: str, *, strict_base: bool = False) -> None:
         """Load an adapter under a name, with weight 0 until a mix names it.
@@ -101,24 +137,30 @@ class AdapterBank:
             strict_base: refuse such an adapter.
 
         Raises:
-            BankError: the name is taken, or the mix is fused.
+            BankError: the name is taken, the mix is fused, or a layer cannot be changed live.
             BaseMismatch: layers are missing or have other shapes here, or the base predicts something else.
             AdapterError: the file cannot be read.
+            MethodError: the method is no change of weights.
         """
-        self._refuse_fused("load")
-        if not name or name in self._adapters:
-            raise BankError(f"an adapter called {name!r} is loaded already; unload it or choose another name")
-        title = name if isinstance(adapter, Adapter) else Path(adapter).name
-        adapter = adapter if isinstance(adapter, Adapter) else adapter_file.load(adapter)
-        adapter_file.check_fits(adapter, self._modules, title)
-        self._judge_base(adapter, title, strict_base)
-        deltas = {
-            name: self._delta(layer, self._branches[name].layer, name) for name, layer in adapter.items()
-        }
-        for layer_name, delta in deltas.items():
-            self._branches[layer_name].add(name, delta)
-        self._adapters[name] = adapter
-        self._weights[name] = 0.0
+        with self._lock:
+            self._refuse_fused("load")
+            if not name or name in self._adapters:
+                raise BankError(
+                    f"an adapter called {name!r} is loaded already; unload it or choose another name"
+                )
+            self._refuse_foreign()
+            title = name if isinstance(adapter, Adapter) else Path(adapter).name
+            adapter = adapter if isinstance(adapter, Adapter) else adapter_file.load(adapter, self._modules)
+            adapter_file.check_fits(adapter, self._modules, title)
+            self._judge_base(adapter, title, strict_base)
+            deltas = {
+                layer_name: self._delta(layer, layer_name, title) for layer_name, layer in adapter.items()
+            }
+            self._warn_of_room(deltas, name)
+            for layer_name, delta in deltas.items():
+                branch, part = self._places[layer_name]
+                branch.put(name, part, delta)
+            self._adapters[name] = adapter
 
     def unload(self, name: str) -> None:
         """Take an adapter out.
@@ -126,102 +168,129 @@ class AdapterBank:
         Raises:
             BankError: there is none of this name, or the mix is fused.
         """
-        self._refuse_fused("unload")
-        self._known(name)
-        for layer in self._adapters.pop(name).layers:
-            self._branches[layer].remove(name)
-        del self._weights[name]
+        with self._lock:
+            self._refuse_fused("unload")
+            self._known(name)
+            del self._adapters[name]
+            for branch in self._branches.values():
+                branch.remove(name)
+            self._set(self._mix)
 
-    def mix(self, mix: Mapping[str, float] | None = None, /, **weights: float) -> None:
+    def mix(self, mix: Mapping[str, Any] | Mix | None = None, /, **weights: Any) -> None:
         """Set the adapter weights; what is not named gets 0.
 
         Args:
-            mix: adapter name -> weight, any finite number.
+            mix: adapter name -> weight: any finite number, factors by component and block in the form that diffusers'
+                `set_adapters` takes, or a Weight with a schedule, a mask, factors per sample.
             weights: shorthand for the same.
 
         Raises:
             BankError: an unknown name, a weight that is no finite number, or the mix is fused.
+            ConfigError: weights for blocks that are not there.
         """
-        self._refuse_fused("mix")
-        wanted = {**(mix or {}), **weights}
-        for name, weight in wanted.items():
-            self._known(name)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                raise BankError(f"the weight of {name!r} must be a finite number; got {weight!r}")
-        self._weights = {name: float(wanted.get(name, 0.0)) for name in self._adapters}
-        for branch in self._branches.values():
-            branch.mix(self._weights)
+        with self._lock:
+            self._refuse_fused("mix")
+            self._set(self._understand(mix, weights))
 
     @contextmanager
-    def using(self, mix: Mapping[str, float] | None = None, /, **weights: float) -> Iterator[None]:
-        """Mix within a with block; the mix before it comes back after it, live, however it ends."""
-        before = self.weights
-        self.mix(mix, **weights)
-        try:
-            yield
-        finally:
-            if self.is_fused:
-                self.unfuse()
-            self.mix({name: weight for name, weight in before.items() if name in self._adapters})
+    def using(self, mix: Mapping[str, Any] | Mix | None = None, /, **weights: Any) -> Iterator[None]:
+        """Mix within a with block; the mix before it comes back after it, live, however it ends.
 
-    @torch.no_grad()
-    def fuse(self) -> None:
+        Other threads' calls wait for the end of the block, so that what is computed in it has this mix.
+        """
+        with self._lock:
+            before = self._mix
+            self.mix(mix, **weights)
+            try:
+                yield
+            finally:
+                if self.is_fused:
+                    self.unfuse()
+                self._set(before)
+
+    @contextmanager
+    def batch(self, layout: BatchLayout) -> Iterator[None]:
+        """Declare within a with block which row of a batch is which prompt, for weights that depend on it.
+
+        Raises:
+            BankError: the mix has weights per sample that are not as many as the prompts.
+        """
+        with self._lock, self._conditions.layout(layout):
+            yield
+
+    def fuse(
+        self, keep: Literal["copy", "file"] = "copy", *, base_file: str | Path | None = None
+    ) -> FusionReport:
         """Put the mix into the base's weights: round(float32(W) + sum of the changes), rounded once.
 
-        The weights that were there are kept, and come back by `unfuse`.
+        The weights that were there come back by `unfuse`. What is saved of the model while it is fused
+        (`save_pretrained`, `state_dict`) is the fused weights; copies and pickles of the model alone are fused for
+        good.
+
+        Args:
+            keep: "copy" keeps what was there in memory. "file" reads it from the base's file again, which costs no
+                memory; offered where every byte of the layers is as in the file.
+            base_file: the base's folder or .safetensors file, for "file"; none takes where the model was loaded from.
+
+        Returns:
+            The share of each layer's change that rounding lost.
 
         Raises:
-            BankError: the mix is fused already or all zero, or weights cannot be changed (quantised, offloaded).
+            BankError: the mix is fused already, all zero or varies in time or place; weights cannot be changed
+                (quantised, offloaded), or are not those of the file.
         """
-        if self.is_fused:
-            raise BankError("the mix is fused already; unfuse it first")
-        if not any(self._weights.values()):
-            raise BankError("there is nothing to fuse: every adapter weight is 0; call mix first")
-        self._refuse_foreign()
-        active = {name: branch for name, branch in self._branches.items() if branch.is_active}
-        for name, branch in active.items():
-            if not branch.is_readable:
+        if keep not in ("copy", "file"):
+            raise BankError(f"keep is 'copy' or 'file'; got {keep!r}")
+        if base_file is not None and keep != "file":
+            raise BankError("base_file is read with keep='file' alone; say so, or leave it out")
+        with self._lock:
+            if self.is_fused:
+                raise BankError("the mix is fused already; unfuse it first")
+            self._refuse_varying()
+            if not any(branch.is_active for branch in self._branches.values()):
+                raise BankError("there is nothing to fuse: every adapter weight is 0; call mix first")
+            self._refuse_foreign()
+            file = (base_file or self._base) if keep == "file" else None
+            if file == "":
                 raise BankError(
-                    f"cannot fuse: the weight of {name} is quantised or offloaded; mix live instead"
+                    f"this {self._title} was not loaded from files; give base_file, or use keep='copy'"
                 )
-        self._kept = []
-        try:
-            for branch in active.values():
-                weight = branch.layer.weight
-                self._kept.append((branch.layer, weight.detach().clone()))
-                weight.copy_(weight.float() + branch.change().to(weight.device).reshape(weight.shape))
-        except BaseException:
-            self._restore()
-            raise
-        for branch in self._branches.values():
-            branch.is_silent = True
+            self._fusion, report = fusing.fuse(self._branches, file)
+            for branch in self._branches.values():
+                branch.is_silent = True
+            return report
 
-    @torch.no_grad()
-    def unfuse(self) -> None:
+    def unfuse(self, *, lose_edits: bool = False) -> None:
         """Put back the weights that were there before `fuse`, byte for byte; the mix goes on live.
 
+        Args:
+            lose_edits: even if that undoes what others changed in the weights since.
+
         Raises:
-            BankError: nothing is fused, or the model changed its float type since.
+            BankError: nothing is fused; since then the model changed its float type, weights were changed, or the
+                base's file.
         """
-        if self._kept is None:
-            raise BankError("nothing is fused")
-        for layer, kept in self._kept:
-            if layer.weight.dtype != kept.dtype:
-                raise BankError(
-                    f"the model went from {kept.dtype} to {layer.weight.dtype} while fused; turn it back to unfuse"
-                )
-        self._restore()
+        with self._lock:
+            if self._fusion is None:
+                raise BankError("nothing is fused")
+            self._fusion.check(lose_edits=lose_edits)
+            self._fusion.undo()
+            self._fusion = None
+            for branch in self._branches.values():
+                branch.is_silent = False
 
     def detach(self) -> None:
         """Leave the model as it was found: unfuse if fused, forget the adapters, remove the hooks."""
-        if self.is_fused:
-            self.unfuse()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._branches.clear()
-        self._adapters.clear()
-        self._weights.clear()
+        with self._lock:
+            if self.is_fused:
+                self.unfuse()
+            for branch in self._branches.values():
+                branch.detach()
+            self._conditions.detach()
+            self._branches.clear()
+            self._places.clear()
+            self._adapters.clear()
+            self._mix = Mix()
 
     def weights_digest(self) -> str:
         """Give the SHA-256 of all weights of the bank's modules, names included."""
@@ -232,21 +301,92 @@ class AdapterBank:
                 sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
-    def _delta(self, layer_adapter: LayerAdapter, layer: Any, name: str) -> Delta:
-        if not layer_adapter.needs_weight:
-            return layer_adapter.delta()
-        if not _has_readable_weight(layer):
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+        for branch in self._branches.values():
+            branch.bank = weakref.ref(self)
+
+    def _find_places(self, component: str, module: nn.Module, capacity: int | None) -> None:
+        found: dict[str, tuple[str, Part]] = {
+            disk: (live, "weight") for disk, live in live_layers(component, module).items()
+        }
+        for disk, (live, part) in {**found, **vector_layers(component, module)}.items():
+            owner = f"{component}.{disk.removesuffix('.bias') if part == 'bias' else disk}"
+            if owner not in self._branches:
+                branch = branch_of(module.get_submodule(live), owner, capacity)
+                if branch is None:
+                    continue
+                self._branches[owner] = branch
+            self._places[f"{component}.{disk}"] = self._branches[owner], part
+
+    def _understand(self, mix: Mapping[str, Any] | Mix | None, weights: Mapping[str, Any]) -> Mix:
+        named = mix.weights if isinstance(mix, Mix) else mix or {}
+        for name in {**named, **weights}:
+            self._known(name)
+        try:
+            wanted = Mix.of(mix, **weights)
+        except ConfigError as error:
+            raise BankError(str(error)) from error
+        for name, weight in wanted.weights.items():
+            try:
+                weight.check(self._places)
+            except ConfigError as error:
+                raise ConfigError(f"the weight of {name!r}: {error}") from error
+        return wanted
+
+    def _set(self, mix: Mix) -> None:
+        mix = Mix({name: weight for name, weight in mix.weights.items() if name in self._adapters})
+        self._conditions.set_mix(mix)
+        varying = {name for name, weight in mix.weights.items() if weight.varies}
+        for layer, branch in self._branches.items():
+            if branch.names:
+                weights = {name: mix.at(name, layer) for name in branch.names}
+                branch.mix(weights, self._conditions if varying.intersection(branch.names) else None)
+        self._mix = mix
+
+    def _delta(self, layer_adapter: LayerAdapter, name: str, title: str) -> Delta:
+        if name not in self._places:
             raise BankError(
-                f"{layer_adapter.method} needs the weight of {name}, which is quantised or offloaded here"
+                f"{title} changes {name}, whose kind of layer cannot be changed live; bake it instead"
             )
-        return layer_adapter.delta(layer.weight.cpu())
+        branch, part = self._places[name]
+        try:
+            if not layer_adapter.needs_weight:
+                return layer_adapter.delta()
+            weight = branch.read(part)
+            if weight is None:
+                raise BankError(
+                    f"{layer_adapter.method} needs the weight of {name}, which is quantised or offloaded here"
+                )
+            return layer_adapter.delta(weight.cpu())
+        except MethodError as error:
+            raise MethodError(f"{title}: {error}") from error
+
+    def _warn_of_room(self, deltas: Mapping[str, Delta], name: str) -> None:
+        lacking = {
+            layer: missing
+            for layer, delta in deltas.items()
+            if (missing := self._places[layer][0].lacks_room_for(self._places[layer][1], delta))
+        }
+        if lacking:
+            layer, missing = next(iter(lacking.items()))
+            warnings.warn(
+                f"{name} has no room in what was reserved: {missing} at {layer}; a compiled model compiles again",
+                stacklevel=3,
+            )
 
     def _judge_base(self, adapter: Adapter, title: str, strict: bool) -> None:
         if adapter.card.fingerprint is None:
             return
         whole = Fingerprint.from_json(adapter.card.fingerprint)
         readable = {
-            name: branch.layer.weight for name, branch in self._branches.items() if branch.is_readable
+            name: getattr(branch.layer, part)
+            for name, (branch, part) in self._places.items()
+            if branch.is_readable(part)
         }
         trained = Fingerprint(whole.prediction, {n: s for n, s in whole.layers.items() if n in readable})
         here = Fingerprint.of(
@@ -286,135 +426,38 @@ class AdapterBank:
                         f"{name} carries an adapter of PEFT or diffusers that is no plain LoRA; unload it there first"
                     )
 
-    def _restore(self) -> None:
-        # backwards: of a weight that two layers share, the first copy is the untouched one
-        for layer, kept in reversed(self._kept or []):
-            layer.weight.copy_(kept)
-        self._kept = None
-        for branch in self._branches.values():
-            branch.is_silent = False
+    def _refuse_varying(self) -> None:
+        for name, weight in self._mix.weights.items():
+            kinds = {
+                "the timestep": weight.schedule is not None,
+                "the place in the image": weight.mask is not None,
+                "the sample": weight.samples is not None,
+                "the branch of guidance": weight.conditional_only,
+            }
+            if varies := [kind for kind, does in kinds.items() if does]:
+                raise BankError(
+                    f"cannot fuse: the weight of {name!r} varies with {' and '.join(varies)}, and fused weights are "
+                    f"the same for all; mix live instead"
+                )
+
+    def _refuse_banks(self) -> None:
+        """Refuse a second bank; take off what a copied or unpickled model carries of a bank that it came without."""
+        for root in self._modules.values():
+            for module in root.modules():
+                for hook in list(module._forward_hooks.values()):
+                    if not isinstance(hook, Branch):
+                        continue
+                    if hook.bank is not None and hook.bank() is not None:
+                        raise BankError(f"this {self._title} has a bank already; use it, or detach it first")
+                    hook.detach()
 
 
-class _Branch:
-    """The forward hook of one layer: adds what the adapters of the mix change in its output."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.is_silent = False
-        self.is_active = False
-        self._deltas: dict[str, Delta] = {}
-        self._weights: dict[str, float] = {}
-        # packed for the last input's device and float type
-        self._A_all: Tensor | None = None  # (R, in) or (R, in, kh, kw): all ranks of all adapters
-        self._B_all: Tensor | None = None  # (out, R) or (out, R, 1, 1)
-        self._vector: Tensor | None = None  # (R,) or (R, 1, 1): each rank's adapter weight
-        self._dense: Tensor | None = None  # the weight's shape: the mix of what is not low-rank
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether the base's weight lies there as plain numbers."""
-        return _has_readable_weight(self.layer)
-
-    def add(self, name: str, delta: Delta) -> None:
-        if isinstance(delta, LowRank):
-            # in this weight's shape: a 1x1 convolution's factors may have been saved as a linear layer's
-            delta = LowRank(delta.lora_B.cpu(), delta.lora_A.cpu(), weight_shape(self.layer))
-        self._deltas[name] = delta
-        self._unpack()
-
-    def remove(self, name: str) -> None:
-        del self._deltas[name]
-        self._unpack()
-
-    def mix(self, weights: Mapping[str, float]) -> None:
-        self._weights = {name: weights[name] for name in self._deltas}
-        self.is_active = any(self._weights.values())
-        if self._vector is not None:
-            with torch.inference_mode(False):
-                self._vector = self._ranks_weights().to(self._vector).reshape(self._vector.shape)
-        self._dense = None
-
-    def change(self) -> Tensor:
-        """Build the mix's whole change of the weight, float32."""
-        return add(
-            [delta.scaled(self._weights[n]) for n, delta in self._deltas.items() if self._weights[n]]
-        ).dense()
-
-    def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.is_silent or not self.is_active:
-            return None
-        x = inputs[0]
-        self._pack(x)
-        is_conv = isinstance(layer, nn.Conv2d)
-        if self._A_all is not None and self._B_all is not None and self._vector is not None:
-            # _conv_forward knows the layer's stride, padding and padding mode
-            hidden = layer._conv_forward(x, self._A_all, None) if is_conv else F.linear(x, self._A_all)
-            hidden = hidden * self._vector
-            more = F.conv2d(hidden, self._B_all) if is_conv else F.linear(hidden, self._B_all)
-            output = output + more.to(output.dtype)
-        if self._dense is not None:
-            more = layer._conv_forward(x, self._dense, None) if is_conv else F.linear(x, self._dense)
-            output = output + more.to(output.dtype)
-        return output
-
-    def _pack(self, x: Tensor) -> None:
-        """Bring the packed tensors to the input's device and float type, if they are not there."""
-        needs_factors = any(isinstance(delta, LowRank) for delta in self._deltas.values())
-        needs_dense = any(self._weights[n] and not isinstance(d, LowRank) for n, d in self._deltas.items())
-        is_ready = not (
-            (needs_factors and _is_elsewhere(self._A_all, x))
-            or (needs_dense and _is_elsewhere(self._dense, x))
-        )
-        if is_ready:
-            return
-        # tensors made in inference mode could not be used where gradients flow later
-        with torch.inference_mode(False), torch.no_grad():
-            if needs_factors:
-                self._pack_factors(x.device, x.dtype)
-            if needs_dense:
-                parts = [
-                    d.scaled(self._weights[n]) for n, d in self._deltas.items() if not isinstance(d, LowRank)
-                ]
-                self._dense = add(parts).dense().to(x.device, x.dtype)
-
-    def _pack_factors(self, device: torch.device, dtype: torch.dtype) -> None:
-        factors = [delta for delta in self._deltas.values() if isinstance(delta, LowRank)]
-        A_all = torch.cat([delta.lora_A for delta in factors]).to(device, dtype)
-        B_all = torch.cat([delta.lora_B for delta in factors], 1).to(device, dtype)
-        vector = self._ranks_weights().to(device, dtype)
-        is_conv = isinstance(self.layer, nn.Conv2d)
-        self._A_all = A_all.reshape(-1, *weight_shape(self.layer)[1:])
-        self._B_all = B_all[:, :, None, None] if is_conv else B_all
-        self._vector = vector[:, None, None] if is_conv else vector
-
-    def _ranks_weights(self) -> Tensor:
-        ranks = {name: delta.rank for name, delta in self._deltas.items() if isinstance(delta, LowRank)}
-        return torch.tensor([self._weights[name] for name, rank in ranks.items() for _ in range(rank)])
-
-    def _unpack(self) -> None:
-        self._A_all = self._B_all = self._vector = self._dense = None
-        self._weights = {name: self._weights.get(name, 0.0) for name in self._deltas}
-        self.is_active = any(self._weights.values())
-
-
-def _is_elsewhere(packed: Tensor | None, x: Tensor) -> bool:
-    return packed is None or packed.device != x.device or packed.dtype != x.dtype
-
-
-def _has_readable_weight(layer: Any) -> bool:
-    weight = getattr(layer, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.is_floating_point()
-        and not weight.is_meta
-        and tuple(weight.shape) == weight_shape(layer)
-    )
+def _origin(model: Any) -> str:
+    """Give the folder or hub name that a model was loaded from; "" if it was not."""
+    config = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    return name if isinstance(name, str) else ""
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _prediction_of(model: Any) -> str:
-    kind = getattr(getattr(getattr(model, "scheduler", None), "config", None), "prediction_type", "")
-    return "v" if kind == "v_prediction" else str(kind)

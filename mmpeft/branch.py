@@ -1,0 +1,507 @@
+"""The packed branch of one layer: what all adapters of a mix change in its output.
+
+For a layer y = W x + b, with the vector and all gains of the mix at their weights:
+
+    y + B_all (vector * (A_all x)) + gain_out * (W x) + W (gain_in * x) + dense x + bias
+
+It is a forward hook. Where the changed weight W' = W + B_all diag(vector) A_all + ... is cheaper to make than the
+branch is to run (many tokens, or whole passes of the layer saved), a pre-hook gives the layer an empty batch, which
+costs microseconds, and the hook computes the output with W'. Only in float32: half precision would round away part of
+the change in W', which the branch keeps. And only where nobody else can see the layer's input.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from mmpeft.delta import Delta, Gain, LowRank, Sum, matrix_shape
+from mmpeft.injection import is_adaptable, weight_shape
+from mmpeft.slots import Ranks, Slots, Vectors, Wholes
+
+Part = Literal["weight", "bias"]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Reading and writing an entry of the weight takes as long as this many multiplications.
+_ENTRY = 40
+
+
+def branch_of(layer: nn.Module, name: str, capacity: int | None) -> Branch | None:
+    """Make the branch of a layer; None for a kind of layer that none is known for.
+
+    Args:
+        name: on disk, with the component.
+        capacity: ranks to reserve; with it the branch runs whatever its weights, so that a compiled layer needs no
+            other graph for another mix.
+    """
+    if is_adaptable(layer) or isinstance(layer, nn.Conv2d):
+        return LayerBranch(layer, name, capacity)
+    if isinstance(layer, nn.GroupNorm | nn.LayerNorm) or _is_rms_norm(layer):
+        return NormBranch(layer, name, capacity)
+    return None
+
+
+class Branch(ABC):
+    """What is alike for layers and norms: adapters by name, their weights, and packing beside the input."""
+
+    bank: weakref.ref[Any] | None = None
+    """the bank that it belongs to; none for the branch of a copied or unpickled model"""
+
+    def __init__(self, layer: nn.Module, name: str, capacity: int | None) -> None:
+        self.layer: Any = layer
+        self.name = name
+        self.is_silent = False
+        self.is_active = False
+        self.conditions: Any = None  # gives the factors while the mix varies here
+        self._is_static = capacity is not None
+        self.names: list[str] = []
+        self._handles: list[RemovableHandle] = []
+        self._weights: dict[str, float] = {}
+        self._has_channels_first = False
+        self._shape: tuple[int, ...] = ()
+        self._biases = Vectors(self._is_static)
+        self._packed: tuple[torch.device, torch.dtype] | None = None
+
+    @abstractmethod
+    def _slots(self) -> tuple[Slots, ...]:
+        """Give all kinds of slots."""
+
+    @abstractmethod
+    def _put(self, name: str, part: Part, delta: Delta) -> None:
+        """Put a change into the slots of its kind."""
+
+    @abstractmethod
+    def changes(self, part: Part) -> list[Tensor]:
+        """Build the mix's change of the weight or the bias, as float32 tensors to add; empty if it has none."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the mix changes here."""
+        weights = self._weights
+        has_weight = any(slots.matter(weights) for slots in self._slots() if slots is not self._biases)
+        found: dict[Part, bool] = {"weight": has_weight, "bias": self._biases.matter(weights)}
+        return tuple(part for part, is_changed in found.items() if is_changed)
+
+    def is_readable(self, part: Part) -> bool:
+        """Whether the base's weight or bias lies there as plain numbers."""
+        tensor = getattr(self.layer, part, None)
+        return (
+            isinstance(tensor, Tensor)
+            and type(tensor) in (Tensor, nn.Parameter)
+            and tensor.dtype in _FLOATS
+            and not tensor.is_meta
+            and (part == "bias" or tuple(tensor.shape) == self._shape)
+        )
+
+    @abstractmethod
+    def _add(self, output: Tensor, x: Tensor, factors: Tensor | None) -> Tensor:
+        """Add to the layer's output what the adapters change, with factors (..., adapters) where they vary."""
+
+    def attach(self) -> None:
+        """Hook the branch on its layer."""
+        self._handles.append(self.layer.register_forward_hook(self, with_kwargs=True))
+        self.layer._apply = self.follow
+
+    def detach(self) -> None:
+        """Leave the layer as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.layer.__dict__.pop("_apply", None)
+
+    def read(self, part: Part) -> Tensor | None:
+        """Give the base's weight or bias as plain numbers; None if that cannot be."""
+        return getattr(self.layer, part).detach() if self.is_readable(part) else None
+
+    def lacks_room_for(self, part: Part, delta: Delta) -> str:
+        """Say what a change needs beyond what was reserved; "" if there is room, or nothing was reserved."""
+        return "changes that are not low-rank" if self._is_static else ""
+
+    def put(self, name: str, part: Part, delta: Delta) -> None:
+        """Add an adapter's change of the weight or the bias, with weight 0 until a mix names it."""
+        self._put(name, part, delta)
+        if name not in self.names:
+            self.names.append(name)
+        self._settle()
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out, if it is here."""
+        if name not in self.names:
+            return
+        self.names.remove(name)
+        for slots in self._slots():
+            slots.remove(name)
+        self._settle()
+
+    def mix(self, weights: Mapping[str, float], conditions: Any = None) -> None:
+        """Set the weights of the adapters that are here, in place.
+
+        Args:
+            weights: the constant part at this layer, by name.
+            conditions: what gives the factors that vary, if any adapter's here do.
+        """
+        self._weights = {name: weights[name] for name in self.names}
+        self.is_active = any(self._weights.values())
+        self.conditions = conditions if self.is_active else None
+        with torch.inference_mode(False), torch.no_grad():
+            for slots in self._slots():
+                slots.mix(self._weights)
+
+    def follow(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Move the layer, in the place of its `_apply`, and the packed tensors after it."""
+        moved: nn.Module = type(self.layer)._apply(self.layer, fn, recurse)
+        self._settle()
+        return moved
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Add what the mix changes: the forward hook."""
+        if self.is_silent or not (self.is_active or self._is_static):
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        self._pack(x)
+        changed = self._add(output, x, self._factors(output))
+        if self._home().device != x.device and not torch.compiler.is_compiling():
+            self._settle()  # the layer's weight is offloaded between passes, so its adapters are too
+        return changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "bank": None}
+
+    def _factors(self, output: Tensor) -> Tensor | None:
+        """Give what varies now, (B or 1, places or 1, adapters), for an image (B or 1, h or 1, w or 1, adapters)."""
+        if self.conditions is None:
+            return None
+        if self._has_channels_first and output.ndim == 4:
+            factors = self.conditions.factors(tuple(self.names), self.name, output, "conv")
+            return None if factors is None else factors.movedim(1, -1)
+        places = output.movedim(1, -1) if self._has_channels_first else output
+        varying: Tensor | None = self.conditions.factors(tuple(self.names), self.name, places, "linear")
+        return varying
+
+    def _spread(self, numbers: Tensor, output: Tensor) -> Tensor:
+        """Bring numbers for each channel, (n,), or for each place and channel, (..., n), into the output's form."""
+        if self._has_channels_first:
+            apart = [1] * (output.ndim - 2)
+            numbers = numbers.reshape(-1, *apart) if numbers.ndim == 1 else numbers.movedim(-1, 1)
+        return numbers.to(output.dtype)
+
+    def _settle(self) -> None:
+        """Pack where the layer is, after adapters came or went or the layer moved."""
+        self._weights = {name: self._weights.get(name, 0.0) for name in self.names}
+        self.is_active = any(self._weights.values())
+        home = self._home()
+        self._pack_for(home.device, home.dtype if home.dtype in _FLOATS else torch.float32)
+
+    def _home(self) -> Tensor:
+        """Give a tensor that lies where the layer does."""
+        weight = getattr(self.layer, "weight", None)
+        return weight if isinstance(weight, Tensor) else next(self.layer.buffers(), torch.empty(0))
+
+    def _pack_for(self, device: torch.device, dtype: torch.dtype) -> None:
+        # tensors made in inference mode could not be used where gradients flow later
+        with torch.inference_mode(False), torch.no_grad():
+            for slots in self._slots():
+                slots.pack(self.names, self._weights, device, dtype)
+        self._packed = device, dtype
+
+    def _pack(self, x: Tensor) -> None:
+        """Bring the packed tensors to the input's device and float type, if they are not there."""
+        if not torch.compiler.is_compiling() and self._packed != (x.device, x.dtype):
+            self._pack_for(x.device, x.dtype)
+
+
+class LayerBranch(Branch):
+    """The branch of a linear layer or a 2-D convolution; of a grouped convolution, for its bias alone."""
+
+    def __init__(self, layer: nn.Module, name: str, capacity: int | None) -> None:
+        super().__init__(layer, name, capacity)
+        self._is_conv = self._has_channels_first = isinstance(layer, nn.Conv2d)
+        self._shape = weight_shape(layer)
+        # a grouped convolution has no slots but its bias's
+        reserved = capacity if capacity is None or is_adaptable(layer) else 0
+        self._ranks = Ranks(self._shape, reserved)
+        self._outputs, self._inputs = Vectors(self._is_static), Vectors(self._is_static)
+        self._wholes = Wholes(self._shape, self._is_static)
+        self._held: dict[int, Tensor] = {}  # inputs on their way from the pre-hook to the hook, by thread
+        self._settle()
+
+    def before(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Keep the input for the hook, where it is cheaper to run the changed weight: the forward pre-hook."""
+        if (
+            not self.is_active
+            or self.is_silent
+            or self.conditions is not None
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        if (
+            kwargs
+            or len(args) != 1
+            or not self._can_change(args[0])
+            or not self._is_changing_cheaper(args[0])
+        ):
+            return None
+        self._held[threading.get_ident()] = args[0]
+        return (args[0][:0],), kwargs
+
+    def attach(self) -> None:
+        """Hook the branch on its layer."""
+        super().attach()
+        self._handles.append(self.layer.register_forward_pre_hook(self.before, with_kwargs=True))
+
+    def read(self, part: Part) -> Tensor | None:
+        """Give the base's weight or bias as plain numbers; a quantised layer's by what it makes of unit vectors."""
+        home = self._home()
+        if part == "bias" or self._is_conv or home.is_meta or self.is_readable(part):
+            return super().read(part)
+        bias: Tensor | None = getattr(self.layer, "bias", None)
+        with torch.no_grad():
+            columns: Tensor = self.layer.forward(torch.eye(self._shape[1], device=home.device)).float()
+        return (columns if bias is None else columns - bias.float()).T
+
+    def lacks_room_for(self, part: Part, delta: Delta) -> str:
+        """Say what a change needs beyond what was reserved; "" if there is room, or nothing was reserved."""
+        if part == "bias" or not isinstance(delta, LowRank):
+            return super().lacks_room_for(part, delta)
+        free = self._ranks.owners.count("")
+        return f"{delta.rank} ranks where {free} are free" if self._is_static and delta.rank > free else ""
+
+    def changes(self, part: Part) -> list[Tensor]:
+        """Build the mix's change of the weight or the bias, as float32 tensors to add; empty if it has none."""
+        if part == "bias":
+            return self._biases.change(self._weights)
+        weight = self.layer.weight.detach().float()
+        gains = [_along(0, gain, weight) for gain in self._outputs.change(self._weights)]
+        gains += [_along(1, gain, weight) for gain in self._inputs.change(self._weights)]
+        low_rank, whole = self._ranks.change(self._weights), self._wholes.change(self._weights)
+        return [*low_rank, *whole, *(gain * weight for gain in gains)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_held": {}}
+
+    def _slots(self) -> tuple[Slots, ...]:
+        return self._ranks, self._outputs, self._inputs, self._wholes, self._biases
+
+    def _put(self, name: str, part: Part, delta: Delta) -> None:
+        for piece in delta.parts if isinstance(delta, Sum) else (delta,):
+            if part == "bias":
+                self._biases.put(name, piece.dense())
+            elif isinstance(piece, LowRank):
+                self._ranks.put(name, piece)
+            elif isinstance(piece, Gain):
+                (self._outputs if piece.side == "output" else self._inputs).put(name, piece.gain)
+            else:
+                self._wholes.put(name, piece.dense())
+
+    def _add(self, output: Tensor, x: Tensor, factors: Tensor | None) -> Tensor:
+        if self._held and not torch.compiler.is_compiling():
+            held = self._held.pop(threading.get_ident(), None)
+            if held is not None:
+                return self._run(held, *self._changed())
+        base = output
+        if self._outputs.counts or self._biases.counts:
+            output = self._add_vectors(output, factors)
+        if self._inputs.counts:
+            output = self._add_scaled_passes(output, x, factors)
+        if self._wholes.counts:
+            output = self._add_wholes(output, x, factors)
+        if self._ranks.counts:
+            is_ours = output is not base or self._is_alone()
+            output = self._add_ranks(output, x, factors, is_ours)
+        return output
+
+    def _add_vectors(self, output: Tensor, factors: Tensor | None) -> Tensor:
+        """Multiply W x by its gain and add the changed bias: y + gain (y - b) + bias."""
+        shift = self._biases.sum(factors) if self._biases.counts else None
+        if not self._outputs.counts:
+            return output if shift is None else output + self._spread(shift, output)
+        gain = self._outputs.sum(factors)
+        scaled = output * self._spread(1 + gain, output)
+        if (bias := self._bias(output)) is not None:
+            of_bias = gain * bias.to(gain.dtype)
+            shift = -of_bias if shift is None else shift - of_bias
+        return scaled if shift is None else scaled + self._spread(shift, output)
+
+    def _add_scaled_passes(self, output: Tensor, x: Tensor, factors: Tensor | None) -> Tensor:
+        """Run the layer again on scaled inputs: once, or for each adapter where factors vary over the output."""
+        passes = [(self._inputs.sum(), None)] if factors is None else self._inputs.each(factors)
+        bias = self._bias(output)
+        for gain, factor in passes:
+            again = self.layer.forward(x * (gain[:, None, None] if self._is_conv else gain).to(x.dtype))
+            if bias is not None:
+                again = again - self._spread(bias, again)
+            output = output + (again if factor is None else again * self._spread(factor[..., None], again))
+        return output
+
+    def _add_wholes(self, output: Tensor, x: Tensor, factors: Tensor | None) -> Tensor:
+        if factors is None:
+            return output + self._run(x, self._wholes.sum().to(x.dtype), None).to(output.dtype)
+        for change, factor in self._wholes.each(factors):
+            more = self._run(x, change.to(x.dtype), None)
+            output = output + (more * self._spread(factor[..., None], more)).to(output.dtype)
+        return output
+
+    def _add_ranks(self, output: Tensor, x: Tensor, factors: Tensor | None, is_ours: bool) -> Tensor:
+        A, B, weights = (packed.to(x.dtype) for packed in self._ranks.active(factors))
+        hidden = self._run(x, A, None)
+        # the weights meet whichever is smaller
+        if factors is None and B.numel() < hidden.numel():
+            B = B * weights
+        else:
+            hidden = hidden * self._spread(weights, hidden)
+        if output.dtype != hidden.dtype or B.dtype != hidden.dtype:  # autocast, quantised layers
+            more = F.conv2d(hidden, B[:, :, None, None]) if self._is_conv else F.linear(hidden, B)
+            return output + more.to(output.dtype)
+        add = _add_to_image if self._is_conv else _add_to_rows
+        may_overwrite = is_ours and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return add(output, hidden, B, may_overwrite)
+
+    def _changed(self) -> tuple[Tensor, Tensor | None]:
+        """Make the changed weight and bias."""
+        weight, bias = self.layer.weight, self.layer.bias
+        changed = weight
+        if self._outputs.counts:
+            changed = torch.addcmul(changed, weight, _along(0, self._outputs.sum(), weight))
+        if self._inputs.counts:
+            changed = torch.addcmul(changed, weight, _along(1, self._inputs.sum(), weight))
+        if self._wholes.counts:
+            changed = changed + self._wholes.sum()
+        if self._ranks.counts:
+            A, B, weights = self._ranks.active()
+            changed = torch.addmm(changed.flatten(1), B * weights, A.flatten(1)).view_as(weight)
+        if self._biases.counts:
+            bias = self._biases.sum() if bias is None else bias + self._biases.sum()
+        return changed, bias
+
+    def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._is_conv:
+            return F.linear(x, weight, bias)
+        # it knows the layer's stride, padding and padding mode
+        output: Tensor = self.layer._conv_forward(x, weight, bias)
+        return output
+
+    def _bias(self, output: Tensor) -> Tensor | None:
+        """Give the layer's bias (out,), or None; of an offloaded layer from its output for zeros."""
+        bias: Tensor | None = getattr(self.layer, "bias", None)
+        if bias is None or bias.device == output.device:
+            return bias
+        zeros = torch.zeros(1, *self._shape[1:], device=output.device, dtype=output.dtype)
+        read: Tensor = self.layer.forward(zeros).reshape(self._shape[0], -1)[:, 0]
+        return read
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else sees the layer's input and output, and nothing is in the place of its `forward`."""
+        return (
+            type(self.layer) in (nn.Linear, nn.Conv2d)
+            and "forward" not in self.layer.__dict__
+            and len(self.layer._forward_hooks) == len(self.layer._forward_pre_hooks) == 1
+            and not torch_module._global_forward_hooks
+            and not torch_module._global_forward_pre_hooks
+        )
+
+    def _can_change(self, x: Any) -> bool:
+        weight = getattr(self.layer, "weight", None)
+        return (
+            not torch.is_grad_enabled()
+            and type(weight) is nn.Parameter
+            and isinstance(x, Tensor)
+            and x.dtype == weight.dtype == torch.float32
+            and x.device == weight.device
+            and x.ndim >= (4 if self._is_conv else 2)
+            and not torch.is_autocast_enabled(x.device.type)
+            and self._is_alone()
+        )
+
+    def _is_changing_cheaper(self, x: Tensor) -> bool:
+        """Compare multiplications: the branch's for all tokens, with those of making the changed weight."""
+        out, inputs = matrix_shape(self._shape)
+        tokens = x.numel() // self._shape[1] // (prod(self.layer.stride) if self._is_conv else 1)
+        passes = int(self._inputs.counts) + int(self._wholes.counts)
+        branch = tokens * (self._ranks.count * (inputs + out) + passes * inputs * out)
+        return branch > (self._ranks.count + _ENTRY * (1 + passes)) * inputs * out
+
+
+class NormBranch(Branch):
+    """The branch of a norm: n(x) * gain + bias, where n(x) is its output without the base's own gain and bias."""
+
+    def __init__(self, layer: nn.Module, name: str, capacity: int | None) -> None:
+        super().__init__(layer, name, capacity)
+        self._has_channels_first = isinstance(layer, nn.GroupNorm)
+        self._shape = tuple(getattr(layer.weight, "shape", ()))
+        self._gains = Vectors(self._is_static)
+        self._settle()
+
+    def changes(self, part: Part) -> list[Tensor]:
+        """Build the mix's change of the gain ("weight") or the bias, as float32 tensors to add; empty if none."""
+        return (self._gains if part == "weight" else self._biases).change(self._weights)
+
+    def _slots(self) -> tuple[Slots, ...]:
+        return self._gains, self._biases
+
+    def _put(self, name: str, part: Part, delta: Delta) -> None:
+        (self._gains if part == "weight" else self._biases).put(name, delta.dense())
+
+    def _add(self, output: Tensor, x: Tensor, factors: Tensor | None) -> Tensor:
+        if self._gains.counts:
+            normed = self._normed(x).to(output.dtype)
+            output = output + normed * self._spread(self._gains.sum(factors), output)
+        if self._biases.counts:
+            output = output + self._spread(self._biases.sum(factors), output)
+        return output
+
+    def _normed(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, nn.GroupNorm):
+            return F.group_norm(x, layer.num_groups, eps=layer.eps)
+        if isinstance(layer, nn.LayerNorm):
+            return F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+        eps = getattr(layer, "eps", None) or getattr(layer, "variance_epsilon", None)
+        return F.rms_norm(x, tuple(layer.weight.shape), eps=eps)
+
+
+def _add_to_rows(output: Tensor, hidden: Tensor, B: Tensor, may_overwrite: bool) -> Tensor:
+    """Add hidden (..., R) @ Bᵀ to an output (..., out)."""
+    rows, factors = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    if may_overwrite and output.is_contiguous():
+        rows.addmm_(factors, B.T)
+        return output
+    return torch.addmm(rows, factors, B.T).view(output.shape)
+
+
+def _add_to_image(output: Tensor, hidden: Tensor, B: Tensor, may_overwrite: bool) -> Tensor:
+    """Add B @ hidden (N, R, h, w) to an output (N, out, h, w), in its memory format."""
+    if not output.is_contiguous() and output.is_contiguous(memory_format=torch.channels_last):
+        added = _add_to_rows(output.permute(0, 2, 3, 1), hidden.permute(0, 2, 3, 1), B, may_overwrite)
+        return added.permute(0, 3, 1, 2)
+    factors = B.expand(len(output), -1, -1)
+    if may_overwrite and output.is_contiguous():
+        output.flatten(2).baddbmm_(factors, hidden.flatten(2))
+        return output
+    return torch.baddbmm(output.flatten(2), factors, hidden.flatten(2)).reshape(output.shape)
+
+
+def _along(axis: int, gain: Tensor, weight: Tensor) -> Tensor:
+    """Bring a gain into a form that multiplies a weight along its outputs (0) or inputs (1)."""
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return gain.to(weight.device).reshape(shape)
+
+
+def _is_rms_norm(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    has_gain = isinstance(weight, Tensor) and weight.ndim == 1
+    has_epsilon = hasattr(layer, "eps") or hasattr(layer, "variance_epsilon")
+    return has_gain and has_epsilon and "RMSNorm" in type(layer).__name__
