@@ -260,7 +260,7 @@ def decompose(delta: Delta, most: int | None = None) -> tuple[Tensor, Tensor, Te
     matrix = delta.dense().reshape(matrix_shape(delta.shape))
     low_rank.refuse_unless_finite(torch.linalg.vector_norm(matrix, dtype=torch.float64))
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U[:, :most].double(), S.double(), Vh[:most].double()
+    return U[:, :most].double(), low_rank.without_noise(S.double()), Vh[:most].double()
 
 
 def truncate(

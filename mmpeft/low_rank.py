@@ -43,6 +43,14 @@ def numerical_rank(values: Tensor) -> int:
     return int((values > _RESOLUTION * values[:1]).sum())
 
 
+def without_noise(values: Tensor) -> Tensor:
+    """Set to 0 the singular values, given falling, (k,), that a float32 decomposition makes of zeros.
+
+    Measured up to 6 times float32's resolution of the largest, for matrices up to 1280 x 1280 and 320 x 2880.
+    """
+    return torch.where(values > 16 * _RESOLUTION * values[:1], values, 0)
+
+
 def relative_errors(S: Tensor) -> Tensor:
     """Give the relative Frobenius error of keeping only the first 0, 1, ... k singular values, (k + 1,).
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmpeft.composition.terms import Terms, refuse_unusable
 from mmpeft.delta import Delta, Dense, LowRank, add, common_shape, decompose, matrix_shape
 from mmpeft.errors import ConfigError
+from mmpeft.low_rank import numerical_rank
 
 # Of a change of high rank the strongest directions stand for its inputs.
 _MOST_PROBES = 64
@@ -19,19 +20,19 @@ def zip_columns(deltas: Terms, *, stiffness: float = 0.3, overlap: float = 0.01,
     """Scale the columns of the changes so that each keeps its output on what it reads, and columns are shared less.
 
     M = Σ_j w_j Δ_j diag(m_j), where m_j (in,) has one number for each input column and minimises
-    Σ_i ‖(M - w_i Δ_i) X_i‖² / ‖w_i Δ_i X_i‖² + stiffness · Σ_i ‖Δ_i diag(m_i - 1)‖² / ‖Δ_i‖²
+    Σ_i ‖(M - w_i Δ_i) X_i‖² / ‖w_i Δ_i X_i‖² + stiffness · Σ_i ‖m_i - 1‖² / in
     + overlap · the mean over pairs of |m_i · m_j| / in.
     Shah et al. 2023, "ZipLoRA: Any Subject in Any Style by Effectively Merging LoRAs", arXiv:2311.13600, whose first
     term runs the models on each adapter's own prompts. No data is there when adapters are composed, so the change
     stands for it: X_i = Δ_iᵀ, since gradient descent makes a change's rows of the inputs that it trains on. The second
     term, not in the paper, keeps the many coefficients from fitting those few inputs at the cost of all others.
-    Changes that read different inputs hardly change, as in `sum`; the same change twice comes out about once.
+    Changes that read different inputs hardly change, as in `sum`; the same change twice answers them about once.
 
     Solved from all ones by L-BFGS, without randomness, on the factors: Δ_j diag(m_j) = B_j (A_j diag(m_j)), so that
     low-rank stays low-rank, the ranks adding up. Of a change of rank above 64 the 64 strongest directions make X_i.
 
     Args:
-        stiffness: how strongly each change holds on to its own columns, > 0; the larger, the closer to `sum`.
+        stiffness: how strongly the coefficients are held at 1, > 0; the larger, the closer to `sum`.
         overlap: how much shared columns cost, >= 0; the paper's λ, there 0.01.
         steps: the most that the solver takes, at least 1.
 
@@ -68,6 +69,8 @@ class _Part:
     @classmethod
     def of(cls, delta: Delta, weight: float) -> _Part:
         U, S, Vh = decompose(delta)
+        kept = max(1, numerical_rank(S))
+        U, S, Vh = U[:, :kept], S[:kept], Vh[:kept]
         probes = (S[:_MOST_PROBES, None] * Vh[:_MOST_PROBES]).T
         size = abs(weight) * float(S[:_MOST_PROBES].square().norm())
         return cls(U.float(), (weight * S[:, None] * Vh).float(), (probes / (size or 1.0)).float(), size)
@@ -80,10 +83,8 @@ def _solve(parts: list[_Part], stiffness: float, overlap: float, steps: int) -> 
     # an orthonormal basis of all outputs leaves the norms as they are
     core = torch.linalg.qr(torch.cat([part.writes for part in parts], 1), mode="r").R
     targets = torch.cat([core[:, owner == i] @ (p.reads @ p.probes) for i, p in enumerate(parts)], 1)
-    # ‖w Δ (diag(m) - 1)‖² / ‖w Δ‖² column by column
-    energies = torch.stack([part.reads.square().sum(0) for part in parts])
-    stays = stiffness * energies / energies.sum(1, keepdim=True)
-    coefficients = torch.ones_like(energies)
+    coefficients = torch.ones(len(parts), reads.shape[1])
+    hold = stiffness / reads.shape[1]
     price = overlap / (reads.shape[1] * len(parts) * (len(parts) - 1) / 2)
 
     def evaluate() -> Tensor:
@@ -92,10 +93,8 @@ def _solve(parts: list[_Part], stiffness: float, overlap: float, steps: int) -> 
         slope = reads * ((2 * core.T @ missed) @ probes.T)
         shared = (coefficients @ coefficients.T).fill_diagonal_(0)
         coefficients.grad = torch.zeros_like(coefficients).index_add_(0, owner, slope)
-        coefficients.grad += price * shared.sign() @ coefficients + 2 * stays * moved
-        value: Tensor = (
-            missed.square().sum() + (stays * moved.square()).sum() + price * shared.abs().sum() / 2
-        )
+        coefficients.grad += price * shared.sign() @ coefficients + 2 * hold * moved
+        value: Tensor = missed.square().sum() + hold * moved.square().sum() + price * shared.abs().sum() / 2
         return value
 
     torch.optim.LBFGS([coefficients], max_iter=steps, line_search_fn="strong_wolfe").step(evaluate)
