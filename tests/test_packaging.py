@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LINKED = ("trainers",)
+LINKED = ("pipelines", "trainers")
 
 
 def test_declared_packages_are_the_folders_on_disk():
