@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
@@ -148,6 +148,8 @@ class AdapterCard:
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     preview: Mapping[str, Any] = field(default_factory=dict)
+    embedding: Sequence[float] | None = None
+    """mean of the training captions in the base's text encoder, as `mmpeft.routing` makes it; routes prompts"""
     parents: tuple[Mapping[str, Any], ...] = ()
 
 

@@ -17,7 +17,7 @@ import hashlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmpeft import adapter_file, fusing
+from mmpeft import adapter_file, fusing, routing
 from mmpeft.adapter import Adapter, LayerAdapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
 from mmpeft.batch_layout import BatchLayout
@@ -67,6 +67,7 @@ def attach(model: Any, *, capacity: int | None = None) -> AdapterBank:
         timesteps=int(getattr(config, "num_train_timesteps", 1000)),
         base=_origin(model),
         capacity=capacity,
+        tokenizer=getattr(model, "tokenizer", None),
     )
     if any(_is_compiled(module) for root in modules.values() for module in root.modules()):
         torch._dynamo.reset()  # graphs made before the hooks came would go on without them
@@ -93,8 +94,11 @@ class AdapterBank:
         timesteps: int = 1000,
         base: str = "",
         capacity: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self._modules = dict(modules)
+        self._tokenizer = tokenizer
+        self._examples: dict[str, tuple[str, ...]] = {}
         self._title, self._prediction, self._base = title, prediction, base
         self._lock = threading.RLock()
         self._adapters: dict[str, Adapter] = {}
@@ -172,6 +176,7 @@ class AdapterBank:
             self._refuse_fused("unload")
             self._known(name)
             del self._adapters[name]
+            self._examples.pop(name, None)
             for branch in self._branches.values():
                 branch.remove(name)
             self._set(self._mix)
@@ -217,6 +222,39 @@ class AdapterBank:
         """
         with self._lock, self._conditions.layout(layout):
             yield
+
+    def describe(self, name: str, prompts: Sequence[str]) -> None:
+        """Give example prompts for an adapter, by which `route` finds it instead of by its card.
+
+        Raises:
+            BankError: there is none of this name.
+            ConfigError: no list of prompts.
+        """
+        with self._lock:
+            self._known(name)
+            routing.check_examples(name, prompts)
+            self._examples[name] = tuple(prompts)
+
+    def route(self, prompt: str, *, top_k: int = 2, weighting: routing.Weighting = "softmax") -> Mix:
+        """Set the mix by what a prompt is about, and give it; see `mmpeft.routing.route`.
+
+        Raises:
+            BankError: the mix is fused, nothing has a tokenizer and a text encoder, or no adapter can be routed to.
+            ConfigError: `top_k` is no positive number, or `weighting` is unknown.
+        """
+        with self._lock:
+            self._refuse_fused("route")
+            mix = routing.route(
+                self,
+                prompt,
+                self._tokenizer,
+                self._modules.get("text_encoder"),
+                examples=self._examples,
+                top_k=top_k,
+                weighting=weighting,
+            )
+            self._set(mix)
+            return mix
 
     def fuse(
         self, keep: Literal["copy", "file"] = "copy", *, base_file: str | Path | None = None
@@ -290,6 +328,7 @@ class AdapterBank:
             self._branches.clear()
             self._places.clear()
             self._adapters.clear()
+            self._examples.clear()
             self._mix = Mix()
 
     def weights_digest(self) -> str:

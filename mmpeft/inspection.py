@@ -82,7 +82,9 @@ class AdapterReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Give the whole report in JSON types."""
-        card = {key: value for key, value in asdict(self.card).items() if key != "fingerprint"}
+        card = {
+            key: value for key, value in asdict(self.card).items() if key not in ("fingerprint", "embedding")
+        }
         fingerprint = self.card.fingerprint or {}
         return {
             "file": self.file,

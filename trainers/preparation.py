@@ -29,12 +29,15 @@ from mmpeft.evaluation.trigger import SEEN, trigger_visibility
 from mmpeft.injection import find_targets
 from mmpeft.methods.base import Method
 from mmpeft.randomness import reseed_globals
+from mmpeft.routing import embedding_of
 from mmpeft.trainers import checkpoint
 from mmpeft.trainers.text_to_image import CaptionedImages, TextToImage, learning_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Of this many captions, spread over the folder, the mean is taken that tells what an adapter is about.
+_EMBEDDED_CAPTIONS = 64
 _PACKAGES = ("mmpeft", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -124,6 +127,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, looked: Look
     prior = prior_of(recipe, backbone, images, cache, accelerator)
     restyled = restyled_images(recipe, backbone, images, cache, prior, accelerator)
     prior_seconds = time.perf_counter() - began
+    embedding = caption_embedding(recipe, images)
     methods, layers = attach(recipe, backbone, components)
     groups = learning_parameters(
         methods,
@@ -155,6 +159,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator | None = None, looked: Look
             }
         ),
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        embedding=embedding,
     )
     task = TextToImage(
         backbone,
@@ -277,6 +282,23 @@ def restyled_images(
         clip_skip=recipe.base.clip_skip,
         timesteps=settings.restyled_timesteps,
     )
+
+
+def caption_embedding(recipe: Recipe, images: CaptionedImages) -> list[float] | None:
+    """Embed what the captions say on the whole, for the card.
+
+    Returns:
+        The mean over captions and tokens, with 4 digits. None for so few captions that it would give them away, and
+        with clip skip, whose states no pipeline makes from a prompt by itself.
+    """
+    captions = list(dict.fromkeys(images.captions()))
+    if len(captions) < 3 or recipe.base.clip_skip:
+        return None
+    some = captions[:: -(-len(captions) // _EMBEDDED_CAPTIONS)]
+    states = images.conditioning(["", *some]).get("text")
+    if states is None or states.ndim != 3:
+        return None
+    return [round(value, 4) for value in embedding_of(states).mean(0).tolist()]
 
 
 def trigger_findings(
