@@ -1,5 +1,6 @@
 """DARE: drop entries at random and rescale the others."""
 
+from collections.abc import Iterator
 from functools import reduce
 
 import torch
@@ -42,11 +43,11 @@ def dare_ties(
         ConfigError: `density` is out of its range, or a weight is not a finite number.
         MethodError: a change has entries that are not finite numbers.
     """
-    return Dense(merge_agreeing(_dropped(deltas, density, generator), normalize=normalize))
+    return Dense(merge_agreeing(list(_dropped(deltas, density, generator)), normalize=normalize))
 
 
-def _dropped(deltas: Terms, density: float, generator: torch.Generator) -> list[Tensor]:
+def _dropped(deltas: Terms, density: float, generator: torch.Generator) -> Iterator[Tensor]:
     check_share("density", density)
-    changes = weighted_changes(deltas)
-    kept = [(torch.rand(change.shape, generator=generator) < density).to(change.device) for change in changes]
-    return [torch.where(keep, change / density, 0) for keep, change in zip(kept, changes, strict=True)]
+    for change in weighted_changes(deltas):
+        kept = torch.rand(change.shape, generator=generator) < density
+        yield torch.where(kept.to(change.device), change / density, 0)

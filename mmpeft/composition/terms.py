@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mmpeft.delta import Delta, common_shape
+from mmpeft.delta import Delta, LowRank, common_shape
 from mmpeft.errors import ConfigError
 from mmpeft.low_rank import refuse_unless_finite
 
@@ -27,8 +27,8 @@ def weighted(terms: Terms) -> list[Delta]:
     return [delta.scaled(weight) for delta, weight in terms]
 
 
-def weighted_changes(terms: Terms) -> list[Tensor]:
-    """Build each change times its weight, all in the weight's shape, float32.
+def weighted_changes(terms: Terms) -> Iterator[Tensor]:
+    """Build one change after another times its weight, all in the weight's shape, float32.
 
     Raises:
         ConfigError: a weight is not a finite number.
@@ -37,7 +37,8 @@ def weighted_changes(terms: Terms) -> list[Tensor]:
     """
     refuse_unusable(terms)
     shape = common_shape([delta for delta, _ in terms])
-    return [delta.dense().reshape(shape) * weight for delta, weight in terms]
+    for delta, weight in terms:
+        yield delta.dense().reshape(shape) * weight
 
 
 def refuse_unusable(terms: Terms) -> None:
@@ -52,4 +53,6 @@ def refuse_unusable(terms: Terms) -> None:
     for delta, weight in terms:
         if not math.isfinite(weight):
             raise ConfigError(f"an adapter's weight must be a finite number; got {weight}")
-        refuse_unless_finite(torch.tensor(delta.norm()))
+        # norms are finite where all entries are, and cheaper to look at
+        for tensor in (delta.lora_B, delta.lora_A) if isinstance(delta, LowRank) else (delta.dense(),):
+            refuse_unless_finite(torch.linalg.vector_norm(tensor, dtype=torch.float64))
