@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -34,7 +31,8 @@ from mmpeft.errors import AdapterError, BaseError, BaseMismatch, FormatError, Me
 from mmpeft.injection import COMPONENTS, live_layers, shapes, vector_layers
 from mmpeft.key_formats import diffusers, kohya, peft
 from mmpeft.model_card import model_card
-from mmpeft.safetensors_file import PICKLES, read_tensors, serialise
+from mmpeft.safetensors_file import PICKLES, read_header, read_tensors, serialise
+from mmpeft.whole_writes import write_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LYCORIS_WEIGHTS = "lycoris.safetensors"
@@ -83,7 +81,7 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
         raise AdapterError(
             f"{folder} holds something that is no adapter; choose another folder or empty this one"
         )
-    _write_whole(folder, {**contents, **files})
+    write_folder(folder, {**contents, **files})
     return folder
 
 
@@ -134,14 +132,32 @@ def load(
     file = weights_file(Path(path))
     modules = None if base is None else modules_of(base)
     there = base_shapes if modules is None else shapes(modules)
-    layers = read_layers(file, *read_tensors(file), there)
+    layers = read_layers(file, *read_tensors(file), there, modules)
     for name, layer in layers.items():
         _check_finite(f"{file.name}: {name}", layer.tensors)
         _check_scale(f"{file.name}: {name}", layer)
     adapter = Adapter(layers, read_card(file))
     if modules is None:
         return adapter
-    check_fits(adapter, modules, file.name)
+    return bind(adapter, modules, file.name)
+
+
+def holds_adapter(file: Path) -> bool:
+    """Tell whether a file is an adapter of a known format, by its header alone."""
+    try:
+        keys, _ = read_header(file)
+    except (AdapterError, OSError):
+        return False
+    return any(is_ours(keys) for is_ours in _FORMATS.values())
+
+
+def bind(adapter: Adapter, modules: Mapping[str, nn.Module], title: str) -> Adapter:
+    """Give an adapter whose layers know the weights of a base that it fits.
+
+    Raises:
+        BaseMismatch: it does not fit.
+    """
+    check_fits(adapter, modules, title)
     return Adapter(dict(bound_layers(adapter, modules)), adapter.card)
 
 
@@ -149,13 +165,15 @@ def read_layers(
     file: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    there: Mapping[str, tuple[int, ...]] | None,
+    there: Mapping[str, tuple[int, ...]] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, LayerAdapter]:
     """Turn a file's tensors into layer adapters by layer name, whoever's names they have; numbers are not looked at.
 
     Args:
         file: tells the format's other files, and errors what to call it.
         there: shapes of what the base has, by name on disk with the component, where it is known.
+        modules: of the base by component, where they are at hand.
 
     Raises:
         FormatError: a key is unknown, or keys of several tools are mixed.
@@ -171,7 +189,7 @@ def read_layers(
             examples = " and ".join(f"{name} {key!r}" for name, key in found.items())
             raise FormatError(f"keys of {len(found)} tools are mixed, {examples}; split the file by tool")
         if "PEFT's" in found:
-            return _read_peft(file, tensors, {name.partition(".")[0] for name in there or ()})
+            return _read_peft(file, tensors, there, modules)
         if "kohya's" in found:
             return kohya.read(tensors, metadata, there)
         if "diffusers'" in found:
@@ -285,25 +303,61 @@ def weights_file(path: Path) -> Path:
     raise FormatError(f"{path} has no .safetensors file; it has {', '.join(names) or 'nothing'}")
 
 
-def _read_peft(file: Path, tensors: Mapping[str, Tensor], components: set[str]) -> dict[str, LayerAdapter]:
+def _read_peft(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    there: Mapping[str, tuple[int, ...]] | None,
+    modules: Mapping[str, nn.Module] | None,
+) -> dict[str, LayerAdapter]:
     config_file = file.parent / PEFT_CONFIG
     if not config_file.is_file():
         raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
     config = _read_json(config_file)
-    layers = peft.read(tensors, config)
-    in_native_folder = file.parent.parent.name == "peft" and file.parent.name in COMPONENTS
-    component = file.parent.name if in_native_folder else peft.component_of(layers, config)
-    if component is None and len(components) == 1:
-        (component,) = components
+    component = _peft_component(file, peft.layer_names(tensors), config, there)
+    names = _PeftNames(component, there)
+
+    def bias_of(name: str) -> Tensor | None:
+        place = _places(component, modules[component]).get(f"{names.on_disk(name)}.bias") if modules else None
+        if place is None or modules is None:
+            return None
+        vector: Tensor = getattr(modules[component].get_submodule(place[0]), place[1]).detach()
+        return vector
+
+    has_component = modules is not None and component in modules
+    layers = peft.read(tensors, config, names.shapes, bias_of if has_component else None)
+    return {f"{component}.{names.on_disk(name)}": layer for name, layer in layers.items()}
+
+
+def _peft_component(
+    file: Path, names: Iterable[str], config: Mapping[str, Any], there: Mapping[str, tuple[int, ...]] | None
+) -> str:
+    """Tell which component a PEFT file belongs to: by its native folder, its configuration, its names or the base."""
+    if file.parent.parent.name == "peft" and file.parent.name in COMPONENTS:
+        return file.parent.name
+    known = {name.partition(".")[0] for name in there or ()}
+    component = peft.component_of(names, config)
+    if len(known) == 1 and component not in known:
+        (component,) = known
     if component is None:
         raise FormatError(
             "it does not say which component it belongs to; give the base that it was trained on"
         )
-    restored = {
-        f"text_model.{name}" if component == "text_encoder" and name.startswith("encoder.") else name: layer
-        for name, layer in layers.items()
-    }
-    return {f"{component}.{name}": layer for name, layer in restored.items()}
+    return component
+
+
+class _PeftNames:
+    """The names of one component's layers in PEFT's files, which are live ones, and on disk."""
+
+    def __init__(self, component: str, there: Mapping[str, tuple[int, ...]] | None) -> None:
+        self._is_text = component.startswith("text_encoder")
+        prefix = component + "."
+        known = {name.removeprefix(prefix): s for name, s in (there or {}).items() if name.startswith(prefix)}
+        live = {peft.live_of(name): shape for name, shape in known.items()} if self._is_text else {}
+        self.shapes = None if there is None else known | live
+
+    def on_disk(self, name: str) -> str:
+        is_clip = self._is_text and name.startswith(("encoder.layers.", "final_layer_norm", "embeddings."))
+        return f"text_model.{name}" if is_clip else name
 
 
 def read_card(weights: Path) -> AdapterCard:
@@ -356,32 +410,3 @@ def _likeness(keys: Iterable[str]) -> str:
 
 def _json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _write_whole(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files into a new folder beside, then put it in the place of `folder` by renaming."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        fresh = beside / "new"
-        for name, content in sorted(contents.items()):
-            file = fresh / name
-            if not file.resolve().is_relative_to(fresh.resolve()):
-                raise AdapterError(f"{name} would lie outside the adapter's folder")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        if folder.exists():
-            folder.rename(beside / "old")
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if (beside / "old").exists():
-                (beside / "old").rename(folder)
-            raise
-    except OSError as error:
-        raise AdapterError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -26,9 +26,13 @@ _LEGACY_ENDINGS = {
     ".lora.up.weight": "lora_B",
     ".lora_linear_layer.down.weight": "lora_A",
     ".lora_linear_layer.up.weight": "lora_B",
+    ".lora.alpha": "alpha",
+    ".lora_linear_layer.alpha": "alpha",
     ".alpha": "alpha",
 }
-_PROCESSOR = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+_PROCESSOR = re.compile(
+    r"(?:\.processor)?\.(?:to_(q|k|v|out)|add_(k|v)_proj)_lora\.(?:(down|up)\.weight|(alpha))$"
+)
 _UNET_PROCESSOR = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 
 
@@ -67,7 +71,8 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
             if own:
                 raise FormatError(f"{name} states its alpha twice, as a tensor and in the header")
             alpha = float(parts["alpha"])
-        layers[name] = peft.layer_from(name, parts, rank, alpha, rslora)
+        for ending, built in peft.layers_from(name, parts, rank, alpha, rslora).items():
+            layers[f"{name}.{ending}" if ending else name] = built
     return layers
 
 
@@ -100,9 +105,11 @@ def _split(key: str) -> tuple[str, str, str] | None:
         return None
     is_text = component.startswith("text_encoder")
     if processor := _PROCESSOR.search(rest):
-        letter, side = processor.groups()
+        letter, added, side, alpha = processor.groups()
         leaf = f"{letter}_proj" if is_text else "to_out.0" if letter == "out" else f"to_{letter}"
-        layer, part = f"{rest[: processor.start()]}.{leaf}", "lora_A" if side == "down" else "lora_B"
+        leaf = f"add_{added}_proj" if added else leaf
+        layer = f"{rest[: processor.start()]}.{leaf}"
+        part = alpha or ("lora_A" if side == "down" else "lora_B")
     else:
         endings = {**peft.ENDINGS, **_LEGACY_ENDINGS}
         ending = next((ending for ending in endings if rest.endswith(ending)), None)

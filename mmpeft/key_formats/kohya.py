@@ -45,10 +45,11 @@ _WRITTEN = {
     "vision_tower": "lycoris_vision_tower",
     "projector": "lycoris_projector",
 }
-_KEY = re.compile(rf"({'|'.join(sorted(_PREFIXES, reverse=True))})_([^.]+)\.(.+)")
+_ANY_PREFIX = "|".join(sorted(_PREFIXES, reverse=True))
+_KEY = re.compile(rf"({_ANY_PREFIX})_([^.]+)\.(.+)")
 _KOHYA_OFT = "oft_unet_"
 # diffusers' export keeps a dot in the names of DoRA's magnitudes: "lora_unet_..._attn1.to_q.lora_magnitude_vector"
-_DOTTED_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
+_DOTTED_MAGNITUDE = re.compile(rf"((?:{_ANY_PREFIX})[._].+)\.lora_magnitude_vector(?:\.weight)?")
 _FUSED_NAMES = re.compile(r"_(double_blocks|single_blocks|joint_blocks)_")
 _SHOWN = 3
 
@@ -170,10 +171,10 @@ def _stems(
 
 def _split(key: str, tensor: Tensor) -> tuple[str, str, Tensor]:
     """Take a key apart into (flattened name with its prefix, what the tensor is), with the tensor in that form."""
-    if not _KEY.fullmatch(key):
-        raise FormatError(f"{key!r} is no key of kohya's or LyCORIS's files, which the others in it are")
     if magnitude := _DOTTED_MAGNITUDE.fullmatch(key):
         return flattened(magnitude[1]), "dora_scale", tensor.reshape(-1, 1)
+    if not _KEY.fullmatch(key):
+        raise FormatError(f"{key!r} is no key of kohya's or LyCORIS's files, which the others in it are")
     stem, _, part = key.partition(".")
     return stem, part, tensor
 
@@ -236,8 +237,10 @@ class _Finder:
             if self._tables is not None and first not in self._tables:
                 yield from ((other, flat) for other in others)
             return
-        named = [c for c in COMPONENTS if flat.startswith(c + "_")]
-        yield from ((component, flat.removeprefix(component + "_")) for component in named)
+        named = [component for component in COMPONENTS if flat.startswith(component + "_")]
+        if named:  # "text_encoder_2_" starts with "text_encoder_" too
+            longest = max(named, key=len)
+            yield longest, flat.removeprefix(longest + "_")
         if self._tables is not None:
             yield from ((component, flat) for component in self._tables)
         elif guess := kohya_names.component_of(flat):

@@ -124,15 +124,17 @@ def from_vocabulary(component: str, flat: str, layers_per_block: int = LAYERS_PE
     if len(flat) > _LONGEST_NAME:
         return ()
     levels = _LEVELS.get(component, frozenset())
-    names: list[str] = []
-    for prefix, rest in _diffusers_prefixes(flat, layers_per_block) if component == "unet" else ():
-        if not rest:
-            names.append(prefix)
-        elif ".resnets." in prefix:
-            names += [f"{prefix}.{new}" for new, old in RESIDUAL.items() if flattened(old) == rest]
-        else:
-            names += [f"{prefix}.{name}" for name in _segmentations(rest, levels)]
-    names = names or list(_segmentations(flat, levels))
+    found = _diffusers_prefix(flat, layers_per_block) if component == "unet" else None
+    if found is None:
+        names = list(_segmentations(flat, levels))
+    elif not found[1]:
+        names = [found[0]]
+    elif ".resnets." in found[0]:
+        names = [
+            f"{found[0]}.{ours}" for ours, original in RESIDUAL.items() if flattened(original) == found[1]
+        ]
+    else:
+        names = [f"{found[0]}.{name}" for name in _segmentations(found[1], levels)]
     if component.startswith("text_encoder"):
         names = [
             f"text_model.{name}" if name.startswith(("encoder.layers.", "final_")) else name for name in names
@@ -152,14 +154,15 @@ def original_names(name: str, layers_per_block: int = LAYERS_PER_BLOCK) -> tuple
     Returns:
         None, one, or for an upsampler two: its place depends on whether its block has attention; the first is with.
     """
-    for prefix, originals in original_blocks(layers_per_block).items():
-        if name == prefix:
-            return originals
-        if name.startswith(prefix + "."):
-            rest = name.removeprefix(prefix + ".")
-            if ".resnets." in prefix:
-                return tuple(f"{original}.{RESIDUAL[rest]}" for original in originals if rest in RESIDUAL)
-            return tuple(f"{original}.{rest}" for original in originals)
+    blocks, parts = original_blocks(layers_per_block), name.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix, rest = ".".join(parts[:end]), ".".join(parts[end:])
+        if prefix not in blocks:
+            continue
+        inner = RESIDUAL.get(rest) if ".resnets." in prefix else rest
+        if inner is None:
+            return ()
+        return tuple(f"{original}.{inner}" if inner else original for original in blocks[prefix])
     return ()
 
 
@@ -170,17 +173,20 @@ def layers_per_block_of(names: Mapping[str, object]) -> int:
     return len(numbers) or LAYERS_PER_BLOCK
 
 
-def _diffusers_prefixes(flat: str, layers_per_block: int) -> Iterator[tuple[str, str]]:
+def _diffusers_prefix(flat: str, layers_per_block: int) -> tuple[str, str] | None:
     """Find which block of diffusers' a flattened original name starts with, and what is left of the name."""
-    found = [
-        (len(flattened(original)), prefix, flat.removeprefix(flattened(original)).removeprefix("_"))
-        for prefix, originals in original_blocks(layers_per_block).items()
-        for original in originals
-        if flat == flattened(original) or flat.startswith(flattened(original) + "_")
-    ]
-    # "output_blocks_2_1_conv" is an upsampler, and not a part of the attention "output_blocks_2_1"
-    longest = max((length for length, *_ in found), default=0)
-    yield from ((prefix, rest) for length, prefix, rest in found if length == longest)
+    blocks, parts = _flat_blocks(layers_per_block), flat.split("_")
+    # longest first: "output_blocks_2_1_conv" is an upsampler, and not a part of the attention "output_blocks_2_1"
+    for end in range(len(parts), 0, -1):
+        if prefix := blocks.get("_".join(parts[:end])):
+            return prefix, "_".join(parts[end:])
+    return None
+
+
+@cache
+def _flat_blocks(layers_per_block: int) -> dict[str, str]:
+    blocks = original_blocks(layers_per_block)
+    return {flattened(original): prefix for prefix, originals in blocks.items() for original in originals}
 
 
 @cache

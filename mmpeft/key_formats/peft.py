@@ -1,21 +1,28 @@
 """PEFT's files: one component each, "base_model.model.<layer>.lora_A.weight", settings in adapter_config.json.
 
-Ranks and alphas per layer are regular expressions there, matched against the end of a layer's name.
+Ranks and alphas per layer are regular expressions there, matched against the end of a layer's name. LoHa, LoKr, OFT and
+(IA)³ are in `peft_methods`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from mmpeft.adapter import LayerAdapter
 from mmpeft.errors import FormatError, MethodError
+from mmpeft.key_formats import peft_methods, peft_settings
 from mmpeft.methods.dora import DoraLayer
+from mmpeft.methods.full import FullLayer
+from mmpeft.methods.ia3 import Ia3Layer
+from mmpeft.methods.loha import LohaLayer
+from mmpeft.methods.lokr import LokrLayer
 from mmpeft.methods.lora import LoraLayer
+from mmpeft.methods.oft import InputOftLayer
 
 PREFIX = "base_model.model."
 # The keys of a layer in PEFT's own naming, with ours.
@@ -24,19 +31,28 @@ ENDINGS = {
     ".lora_B.weight": "lora_B",
     ".lora_magnitude_vector.weight": "lora_magnitude_vector",
     ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_B.bias": "lora_B_bias",
 }
-# What a configuration may say that changes the effect in ways that lora_A and lora_B do not hold.
+# What a configuration may say that changes the effect in ways that the tensors of layers do not hold.
 _REFUSED = {
-    "bias": ("none", "it trains biases"),
-    "lora_bias": (False, "it has biases in lora_B"),
     "modules_to_save": (None, "it replaces whole modules"),
     "layer_replication": (None, "it replicates layers"),
     "target_parameters": (None, "it adapts bare parameters"),
     "trainable_token_indices": (None, "it trains embedding rows"),
     "fan_in_fan_out": (False, "its base stores weights transposed"),
+    "alora_invocation_tokens": (None, "it counts only after some words of the prompt"),
+    "use_qalora": (False, "it sees pooled inputs"),
+    "use_bdlora": (None, "its factors are split over devices"),
+    "arrow_config": (None, "it chooses among adapters token by token"),
+    "kasa_config": (None, "it changes the base's weights"),
 }
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_CLASSES = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
+_CLASSES = {
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder_2",
+}
+_OTHER_METHODS = (LohaLayer, LokrLayer, InputOftLayer, Ia3Layer)
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
 
 
@@ -45,35 +61,94 @@ def is_ours(keys: Iterable[str]) -> bool:
     return any(key.startswith(PREFIX) for key in keys)
 
 
-def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LayerAdapter]:
+def read(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    bias_of: Callable[[str], Tensor | None] | None = None,
+) -> dict[str, LayerAdapter]:
     """Turn a PEFT file into layer adapters, by the layer names in the file.
 
     Args:
         tensors: the weights file.
         config: adapter_config.json.
+        shapes: of the base's layers and biases, by names as in the file, where it is known.
+        bias_of: gives the base's bias of a layer named as in the file, None where it has none; PEFT saves trained
+            biases whole, and what changed is the difference.
 
     Raises:
-        FormatError: another method, a setting that the factors do not hold, or keys that are none of LoRA's.
+        FormatError: another method, a setting that the tensors do not hold, or keys that are none of the method's.
     """
-    if config.get("peft_type") != "LORA":
-        raise FormatError(f"PEFT's {config.get('peft_type')} cannot be read; LORA (LoRA, rsLoRA, DoRA) can")
     for name, (harmless, meaning) in _REFUSED.items():
         if config.get(name, harmless) not in (harmless, None, [], {}):
             raise FormatError(f"this PEFT adapter cannot be read: {meaning} ({name} = {config[name]!r})")
+    kind = str(config.get("peft_type"))
+    if kind == "LORA":
+        return _read_lora(tensors, config, bias_of)
+    endings = {f".{ending}": ending for ending in peft_methods.ENDINGS.get(kind, ())}
+    if not endings:
+        raise FormatError(f"PEFT's {kind} cannot be read; LORA, {', '.join(peft_methods.ENDINGS)} can")
+    layers: dict[str, LayerAdapter] = {}
+    for name, parts in _named(tensors, endings, kind).items():
+        shape, bias_shape = (shapes.get(name), shapes.get(f"{name}.bias")) if shapes else (None, None)
+        found = peft_methods.peft_layer_from(kind, config, name, parts, shape, bias_shape)
+        layers |= {f"{name}.{ending}" if ending else name: layer for ending, layer in found.items()}
+    return layers
+
+
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """Give the layer names in a PEFT file, whatever its method."""
+    endings = [*ENDINGS, ".bias", *(f".{e}" for known in peft_methods.ENDINGS.values() for e in known)]
+    names = (next((key.removesuffix(e) for e in endings if key.endswith(e)), key) for key in keys)
+    return list(dict.fromkeys(name.removeprefix(PREFIX) for name in names))
+
+
+def _read_lora(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], bias_of: Callable[[str], Tensor | None] | None
+) -> dict[str, LayerAdapter]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
         raise FormatError(
             f"this PEFT adapter starts from {start}, which changes the base's weights; save it as plain LoRA first "
             f"(save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    trains_biases = config.get("bias", "none") != "none"
+    whole = {key for key in tensors if trains_biases and key.endswith(".bias") and ".lora_" not in key}
+    if whole and bias_of is None:
+        raise FormatError(
+            f"its trained biases are saved whole (bias = {config['bias']!r}); give the base, from which they differ"
+        )
+    layers: dict[str, LayerAdapter] = {}
+    for key in sorted(whole):
+        name = key.removeprefix(PREFIX).removesuffix(".bias").removesuffix(".base_layer")
+        before = bias_of(name) if bias_of else None
+        if before is None or before.shape != tensors[key].shape:
+            raise FormatError(
+                f"{name} has a bias {tuple(tensors[key].shape)} in the file, and none like it in the base"
+            )
+        layers[f"{name}.bias"] = FullLayer(tensors[key].float() - before.float().cpu())
+    factors = {key: tensor for key, tensor in tensors.items() if key not in whole}
+    for name, parts in _named(factors, ENDINGS, "LoRA or DoRA").items():
+        for ending, layer in layers_from(name, parts, *settings_of(config, name)).items():
+            full = f"{name}.{ending}" if ending else name
+            if full in layers:
+                raise FormatError(f"{full} changes twice: a trained bias, and one in lora_B")
+            layers[full] = layer
+    return layers
+
+
+def _named(
+    tensors: Mapping[str, Tensor], endings: Mapping[str, str], method: str
+) -> dict[str, dict[str, Tensor]]:
+    """Sort tensors by layer and by our names of them."""
     named: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
+        ending = next((ending for ending in endings if key.endswith(ending)), None)
         if ending is None:
-            raise FormatError(f"{key!r} is no key of a LoRA or DoRA layer")
+            raise FormatError(f"{key!r} is no key of a {method} layer")
         layer = key.removeprefix(PREFIX).removesuffix(ending)
-        named.setdefault(layer, {})[ENDINGS[ending]] = tensor
-    return {name: layer_from(name, parts, *settings_of(config, name)) for name, parts in named.items()}
+        named.setdefault(layer, {})[endings[ending]] = tensor
+    return named
 
 
 def write(component: str, layers: Mapping[str, LayerAdapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -82,16 +157,28 @@ def write(component: str, layers: Mapping[str, LayerAdapter]) -> tuple[dict[str,
     Keys are live names, as PEFT knows no others; of the component text_encoder those of transformers 5.
 
     Raises:
-        MethodError: layers that PEFT's LoRA cannot hold in one adapter.
+        MethodError: layers that PEFT cannot hold in one adapter.
     """
+    general = {"task_type": None, "inference_mode": True}
+    live = {live_of(name) if component == "text_encoder" else name: layer for name, layer in layers.items()}
+    if any(type(layer) in _OTHER_METHODS for layer in live.values()):
+        biases = {name.removesuffix(".bias"): layer for name, layer in live.items() if name.endswith(".bias")}
+        weights = {
+            name: live.get(name) for name in dict.fromkeys(name.removesuffix(".bias") for name in live)
+        }
+        tensors = {
+            f"{PREFIX}{name}.{part}": tensor
+            for name, layer in weights.items()
+            for part, tensor in peft_methods.peft_parts_of(layer, biases.get(name)).items()
+        }
+        return tensors, {**general, **peft_settings.peft_config_of(live)}
     config = lora_config(layers)
     tensors = {
-        f"{PREFIX}{live_of(name) if component == 'text_encoder' else name}.{part}"
-        f"{'' if part == 'lora_magnitude_vector' else '.weight'}": tensor
-        for name, layer in layers.items()
+        f"{PREFIX}{name}.{part}{'' if part == 'lora_magnitude_vector' else '.weight'}": tensor
+        for name, layer in live.items()
         for part, tensor in layer.tensors.items()
     }
-    return tensors, {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", **config}
+    return tensors, {"peft_type": "LORA", **general, "bias": "none", **config}
 
 
 def lora_config(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
@@ -136,10 +223,28 @@ def settings_of(config: Mapping[str, Any], layer: str) -> tuple[int, float, bool
     return int(rank), float(alpha), bool(config.get("use_rslora", False))
 
 
+def layers_from(
+    name: str, parts: Mapping[str, Tensor], rank: int | None, alpha: float | None, rslora: bool
+) -> dict[str, LayerAdapter]:
+    """Build the layer adapters of one layer from its tensors: "" the weight's, "bias" that of a bias in lora_B.
+
+    Args and errors are those of `layer_from`.
+    """
+    layer = layer_from(name, parts, rank, alpha, rslora)
+    bias = parts.get("lora_B_bias")
+    if bias is None:
+        return {"": layer}
+    if tuple(bias.shape) != (layer.lora_B.shape[0],) or isinstance(layer, DoraLayer):
+        raise FormatError(
+            f"{name} has a bias {tuple(bias.shape)} in lora_B, which fits no {layer.method} layer"
+        )
+    return {"": layer, "bias": FullLayer(bias.float() * layer.scale)}
+
+
 def layer_from(
     name: str, parts: Mapping[str, Tensor], rank: int | None, alpha: float | None, rslora: bool
 ) -> LoraLayer:
-    """Build a layer adapter from its tensors.
+    """Build a LoRA or DoRA layer adapter from its tensors.
 
     Args:
         rank: what the file's settings say, to be checked; None if they say nothing.
@@ -174,9 +279,13 @@ def layer_from(
 
 def component_of(layers: Iterable[str], config: Mapping[str, Any]) -> str | None:
     """Guess which component a PEFT file belongs to from its base's class, else from its layer names."""
-    known = _CLASSES.get((config.get("auto_mapping") or {}).get("base_model_class", ""))
-    if known:
-        return known
+    model_class = str((config.get("auto_mapping") or {}).get("base_model_class", ""))
+    if model_class in _CLASSES:
+        return _CLASSES[model_class]
+    if config.get("task_type") == "CAUSAL_LM" or model_class.endswith("ForCausalLM"):
+        return "language_model"
+    if "Transformer" in model_class:
+        return "transformer"
     names = list(layers)
     if names and all(name.startswith(_UNET_BLOCKS) for name in names):
         return "unet"

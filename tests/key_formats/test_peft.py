@@ -6,6 +6,7 @@ from torch import nn
 
 import mmpeft.adapter_file as adapter_file
 from mmpeft.errors import FormatError, MethodError
+from mmpeft.exporting import export
 from mmpeft.key_formats import peft
 from mmpeft.methods.lora import LoraLayer
 
@@ -70,10 +71,11 @@ def test_a_peft_file_of_an_unknown_component_asks_for_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "LOHA"}, "PEFT's LOHA cannot be read"),
-        ({"bias": "all"}, "it trains biases .bias = 'all'."),
-        ({"lora_bias": True}, "biases in lora_B"),
+        ({"peft_type": "VERA"}, "PEFT's VERA cannot be read; LORA, LOHA, LOKR, OFT, IA3 can"),
+        ({"peft_type": "LOHA"}, "'base_model.model.x.lora_A.weight' is no key of a LOHA layer"),
         ({"modules_to_save": ["x"]}, "replaces whole modules"),
+        ({"alora_invocation_tokens": [1]}, "only after some words of the prompt"),
+        ({"use_qalora": True}, "sees pooled inputs"),
         ({"fan_in_fan_out": True}, "transposed"),
         (
             {"init_lora_weights": "pissa_niter_4"},
@@ -86,6 +88,109 @@ def test_settings_that_the_factors_do_not_hold_are_refused(change, words):
     peft.read(TENSORS, CONFIG)
     with pytest.raises(FormatError, match=words):
         peft.read(TENSORS, {**CONFIG, **change})
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x, self.norm = nn.Linear(3, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.x(x))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Adapter 'default'. 1 LoRA tensor"
+)  # PEFT takes its own bias for a broken factor
+@pytest.mark.parametrize(
+    "settings", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True, "lora_alpha": 6}]
+)
+def test_trained_biases_are_changes_of_the_base(settings, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base, trained = Small(), Small()
+    trained.load_state_dict(base.state_dict())
+    wrapped = get_peft_model(trained, LoraConfig(r=2, target_modules=["x"], **settings))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path)
+    adapter = adapter_file.load(tmp_path, base={"projector": base})
+    after = wrapped.merge_and_unload()
+    changed = {"projector.x": "x.weight", "projector.x.bias": "x.bias", "projector.norm.bias": "norm.bias"}
+    for name, layer in adapter.items():
+        change = after.get_parameter(changed[name]) - base.get_parameter(changed[name])
+        torch.testing.assert_close(layer.dense(), change, rtol=1e-4, atol=1e-6)
+    assert ("projector.norm.bias" in adapter) == (settings.get("bias") == "all")
+    assert "projector.x.bias" in adapter
+    with pytest.raises(FormatError, match="give the base"):
+        adapter_file.load(tmp_path)
+    if "bias" in settings:
+        other = nn.ModuleDict({"x": nn.Linear(3, 5)})
+        with pytest.raises(FormatError, match=r"has a bias \(4,\) in the file, and none like it in the base"):
+            adapter_file.load(tmp_path, base={"projector": other})
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "OFT", "IA3"])
+def test_other_methods_go_through_us_with_the_same_effect(kind, tmp_path):
+    import peft as library
+
+    torch.manual_seed(0)
+    base, trained = Small(), Small()
+    trained.load_state_dict(base.state_dict())
+    settings = {
+        "OFT": {"oft_block_size": 3, "use_cayley_neumann": False},
+        "IA3": {"feedforward_modules": []},
+    }.get(kind, {"r": 2, "alpha": 3})
+    config = getattr(library, f"{kind}Config")(target_modules=["x"], **settings)
+    wrapped = library.get_peft_model(trained, config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    adapter = adapter_file.load(tmp_path / "theirs", base={"projector": base})
+    x = torch.randn(5, 3)
+    expected = wrapped(x)
+    weight = base.x.weight + adapter["projector.x"].dense()
+    bias = base.x.bias + (adapter["projector.x.bias"].dense() if "projector.x.bias" in adapter else 0)
+    torch.testing.assert_close(
+        base.norm(torch.nn.functional.linear(x, weight, bias)), expected, rtol=1e-4, atol=1e-5
+    )
+    ours = export(adapter, tmp_path / "ours", format="peft")
+    fresh = Small()
+    fresh.load_state_dict(base.state_dict())
+    again = library.PeftModel.from_pretrained(fresh, ours)
+    torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_old_configurations_lack_what_came_later_and_are_read():
+    old = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 16,
+        "rank_pattern": {"x": 2},
+        "bias": "none",
+        "use_dora": False,
+    }
+    layer = peft.read(TENSORS, old)["x"]
+    assert (layer.rank, layer.alpha, layer.rslora) == (2, 16.0, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "component"),
+    [
+        ({"auto_mapping": {"base_model_class": "CLIPTextModelWithProjection"}}, ["a"], "text_encoder_2"),
+        ({"auto_mapping": {"base_model_class": "FluxTransformer2DModel"}}, ["a"], "transformer"),
+        ({"task_type": "CAUSAL_LM"}, ["model.layers.0.self_attn.q_proj"], "language_model"),
+        ({}, ["down_blocks.0.resnets.0.conv1"], "unet"),
+        ({}, ["x"], None),
+    ],
+)
+def test_the_component_is_told_by_the_configuration_or_the_names(config, names, component):
+    assert peft.component_of(names, config) == component
 
 
 def test_unknown_keys_are_refused():
