@@ -41,7 +41,8 @@ def complaint(monkeypatch, capsys):
 def test_the_top_help_lists_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("train", "plan", "generate", "compose", "interference", "compare", "inspect", "doctor"):
+    commands = "train plan generate bake compose interference compare inspect doctor plugins quickstart"
+    for command in commands.split():
         assert re.search(rf"\b{command}\b", done.stdout)
 
 
