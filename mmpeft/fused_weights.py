@@ -18,7 +18,7 @@ from mmpeft.errors import AdapterError, BaseError, BaseMismatch, MethodError
 from mmpeft.mix import Weight
 from mmpeft.weights_stream import FLOAT_TYPES, WeightsFile
 
-_CHUNK = 1 << 22  # numbers that are fused at once
+_CHUNK = 1 << 20  # numbers that are fused at once
 
 
 @dataclass(frozen=True)

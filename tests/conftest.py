@@ -1,6 +1,7 @@
 """Tiny real models, built in code with fixed seeds; thread settings that keep busy machines fast."""
 
 import os
+import shutil
 
 # Before torch is imported: spinning threads make it 20 to 40 times slower when cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -155,3 +156,96 @@ def attach_randomly():
         return Adapter(layers, card)
 
     return attach
+
+
+# The tiny base with the original names.
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+# Where the tiny UNet's blocks stand in the original numbering: one resnet a down block, two an up block.
+UNET_PLACES = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1",
+}
+
+
+def original_unet_name(name):
+    place = max((p for p in UNET_PLACES if name.startswith(p + ".")), key=len)
+    rest = name.removeprefix(place + ".")
+    first, _, last = rest.partition(".")
+    rest = f"{RESNET[first]}.{last}" if "resnets" in place else rest
+    return f"model.diffusion_model.{UNET_PLACES[place]}.{rest}"
+
+
+def original_vae_name(name):
+    for ours, theirs in [
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("mid_block.attentions.0", "mid.attn_1"),
+        ("group_norm", "norm"),
+        ("to_q", "q"),
+        ("to_k", "k"),
+        ("to_v", "v"),
+        ("to_out.0", "proj_out"),
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
+        ("downsamplers.0", "downsample"),
+        ("upsamplers.0", "upsample"),
+        ("resnets", "block"),
+    ]:
+        name = name.replace(ours, theirs)
+    for block in range(3):
+        name = name.replace(f"down_blocks.{block}", f"down.{block}")
+        name = name.replace(f"up_blocks.{block}", f"up.{2 - block}")
+    return f"first_stage_model.{name}"
+
+
+@pytest.fixture(scope="session")
+def single_file(tiny_sd_folder, tmp_path_factory):
+    """The tiny base that predicts v as one file with the names of CompVis' Stable Diffusion 1; do not write to it."""
+    from safetensors.torch import save_file
+
+    from mmpeft.backbones.stable_diffusion_files import load_pipeline
+
+    pipeline = load_pipeline(str(tiny_sd_folder))
+    weights = {original_unet_name(name): w for name, w in pipeline.unet.state_dict().items()}
+    for name, weight in pipeline.vae.state_dict().items():
+        original = original_vae_name(name)
+        # The original's VAE attention is made of 1 x 1 convolutions.
+        is_projection = ".attn_1." in original and weight.ndim == 2
+        weights[original] = weight[:, :, None, None].contiguous() if is_projection else weight
+    for name, weight in pipeline.text_encoder.state_dict().items():
+        weights[f"cond_stage_model.transformer.text_model.{name}"] = weight
+    path = tmp_path_factory.mktemp("single") / "tiny-single.safetensors"
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture
+def config_folder(tiny_sd_folder, tmp_path):
+    """The tiny base's configuration and tokenizer, without any weight."""
+    return shutil.copytree(
+        tiny_sd_folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors")
+    )

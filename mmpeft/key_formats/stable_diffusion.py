@@ -96,7 +96,7 @@ def _unet_blocks(keys: Collection[str]) -> dict[str, str]:
     ends = [int(key.split(".")[1]) for key in keys if key.endswith(".0.op.weight")]
     numbers = [int(key.split(".")[1]) for key in keys if key.startswith("input_blocks.")]
     # the first downsampler comes after the first level's layers, which come after the first convolution
-    table = original_blocks(min(ends, default=max(numbers) + 1) - 1)
+    table = original_blocks(min(ends, default=max(numbers, default=0) + 1) - 1)
     return {original: ours for ours, originals in table.items() for original in originals}
 
 
