@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mmpeft.composition.interference import interference as interference
     from mmpeft.config import Recipe as Recipe
     from mmpeft.errors import MmpeftError as MmpeftError
+    from mmpeft.exporting import export as export
     from mmpeft.trainers.plan import plan as plan
     from mmpeft.trainers.training import TrainResult as TrainResult
     from mmpeft.trainers.training import train as train
@@ -35,6 +36,7 @@ _PLACES = {
     "attach": "mmpeft.bank:attach",
     "bake": "mmpeft.baking:bake",
     "compose": "mmpeft.composition.compose:compose",
+    "export": "mmpeft.exporting:export",
     "interference": "mmpeft.composition.interference:interference",
     "load_adapter": "mmpeft.adapter_file:load",
     "plan": "mmpeft.trainers.plan:plan",

@@ -7,9 +7,11 @@ The native folder loads in plain diffusers (`pipe.load_lora_weights(folder)`) an
     README.md                          the card, for people and the hub
     peft/<component>/                  adapter_config.json and adapter_model.safetensors
 
-An adapter that diffusers cannot load (LoHa, LoKr, full differences, ...) has instead of the first and the last
+An adapter that diffusers cannot load (LoHa, LoKr, full differences, ...) has instead of the first
 
     lycoris.safetensors                LyCORIS's names, which A1111 and ComfyUI read, and in the header whose they are
+
+and the last only where PEFT has a form for it.
 
 Its bytes depend on the adapter alone. Nothing is unpickled, ever, and no tensor is read before the header was checked.
 """
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter, shapes_agree
+from mmpeft.backbones.pocket import pocket_folder
 from mmpeft.errors import AdapterError, BaseError, BaseMismatch, FormatError, MethodError
 from mmpeft.injection import COMPONENTS, live_layers, shapes, vector_layers
 from mmpeft.key_formats import diffusers, kohya, peft
@@ -74,7 +77,7 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
         _check_finite(f"cannot save {name}", layer.tensors)
     contents = _weights(adapter)
     contents[CARD] = _json({"format": 1, **asdict(adapter.card)})
-    contents["README.md"] = model_card(adapter, sorted(files)).encode()
+    contents["README.md"] = model_card(adapter, sorted(files), WEIGHTS in contents).encode()
     if taken := sorted(contents.keys() & files.keys()):
         raise AdapterError(f"{taken[0]} is a file of the adapter itself; give yours another name")
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CARD).is_file())):
@@ -86,16 +89,25 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
 
 
 def _weights(adapter: Adapter) -> dict[str, bytes]:
-    """Write the weights as diffusers and PEFT load them, else as LyCORIS does."""
+    """Write the weights as diffusers and PEFT load them, else as LyCORIS does, and as PEFT does where that goes."""
     components = {component: adapter.component(component) for component in adapter.components}
+    peft_folders, reason = {}, None
     try:
-        contents = {WEIGHTS: serialise(*diffusers.write(components))}
+        for component, layers in components.items():
+            for name, content in peft_files(component, layers, adapter.card.base).items():
+                peft_folders[f"peft/{component}/{name}"] = content
+    except MethodError as error:
+        peft_folders, reason = {}, error
+    try:
+        return {WEIGHTS: serialise(*diffusers.write(components)), **peft_folders}
     except MethodError:
-        return {LYCORIS_WEIGHTS: serialise(*kohya.write_with_names(components))}
-    for component, layers in components.items():
-        for name, content in peft_files(component, layers, adapter.card.base).items():
-            contents[f"peft/{component}/{name}"] = content
-    return contents
+        pass
+    try:
+        return {LYCORIS_WEIGHTS: serialise(*kohya.write_with_names(components)), **peft_folders}
+    except MethodError:
+        if reason is not None or len(components) > 1:
+            raise
+        return peft_folders  # PEFT's own OFT has no other form
 
 
 def peft_files(component: str, layers: Mapping[str, LayerAdapter], base: str) -> dict[str, bytes]:
@@ -202,6 +214,9 @@ def read_layers(
 def modules_of(base: Any) -> dict[str, nn.Module]:
     """Give the modules that can carry adapters, by component name, of a pipeline, its folder, a module or a mapping.
 
+    Args:
+        base: "pocket" is the embedded base's folder.
+
     Raises:
         AdapterError: there are none.
         BaseError: the folder cannot be opened.
@@ -209,6 +224,7 @@ def modules_of(base: Any) -> dict[str, nn.Module]:
     if isinstance(base, str | Path):
         from diffusers import DiffusionPipeline
 
+        base = pocket_folder() if base == "pocket" else base
         try:
             base = DiffusionPipeline.from_pretrained(base, local_files_only=True)
         except OSError as error:
@@ -294,6 +310,9 @@ def weights_file(path: Path) -> Path:
     for name in [WEIGHTS, LYCORIS_WEIGHTS, PEFT_WEIGHTS] + (found if len(found) == 1 else []):
         if name in found:
             return path / name
+    own = sorted(path.glob(f"peft/*/{PEFT_WEIGHTS}"))
+    if len(own) == 1 and not found:
+        return own[0]
     if found:
         raise FormatError(f"{path} has several adapter files; name one of {', '.join(found)}")
     if pickles := [name for name in names if name.endswith(PICKLES)]:

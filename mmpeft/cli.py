@@ -90,6 +90,7 @@ def make_app(tokens: Sequence[str] = ()) -> cyclopts.App:
         ("compose", "Compose adapters into a new adapter."),
         ("interference", "Measure what adapters would do to each other."),
         ("compare", "Say how far apart two adapters are."),
+        ("convert", "Write an adapter the way another tool reads it."),
         ("inspect", "Say what is in an adapter."),
         ("doctor", "Say what works on this machine, and how to get the rest."),
         ("plugins", "List methods, backbones, objectives, datasets and strategies."),

@@ -222,6 +222,41 @@ def bake(base: str, adapters: tuple[str, ...], /, *, out: Path, strict_base: boo
     print(run(base, [path_and_weight(text) for text in adapters], out, strict_base=strict_base).text())
 
 
+def convert(
+    adapter: Path,
+    out: Path,
+    /,
+    *,
+    format: Literal["kohya", "diffusers", "peft"] = "kohya",  # noqa: A002 - the flag's name
+    base: str | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+) -> None:
+    """Write an adapter the way another tool reads it, with the same effect.
+
+    Parameters
+    ----------
+    adapter:
+        A folder or a .safetensors file of kohya, LyCORIS, diffusers or PEFT.
+    out:
+        A .safetensors file; for PEFT, and if wished for diffusers, a folder.
+    format:
+        kohya (A1111, ComfyUI), diffusers or peft.
+    base:
+        The model's folder, or pocket; needed where names or the method need it.
+    rank:
+        Make layers that are no LoRA into LoRA, of at most this rank.
+    error:
+        Make them LoRA, of the smallest rank that loses at most this share of each layer's change.
+    dtype:
+        What the numbers are written in; as they are when left out.
+    """  # noqa: D405, D411 - a parameter called error is no section
+    from mmpeft.exporting import write
+
+    print(write(adapter, out, format, base=base, rank=rank, error=error, dtype=dtype).text())
+
+
 def inspect(
     path: Path, /, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False
 ) -> None:

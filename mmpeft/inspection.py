@@ -16,6 +16,7 @@ from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.errors import AdapterError
 from mmpeft.key_formats import peft
+from mmpeft.safetensors_file import read_tensors
 
 # A layer is called odd when its change is so many times the typical one of its component, or that much below.
 FAR_FROM_THE_REST = 20.0
@@ -160,7 +161,7 @@ def inspect(path: str | Path) -> AdapterReport:
     """
     path = Path(path)
     file = adapter_file.weights_file(path)
-    tensors, metadata = adapter_file.read_tensors(file)
+    tensors, metadata = read_tensors(file)
     adapter = adapter_file.load(path)
     layers = tuple(_layers(adapter))
     return AdapterReport(

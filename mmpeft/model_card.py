@@ -9,14 +9,16 @@ from typing import Any
 
 from mmpeft.adapter import Adapter, AdapterCard
 
+_LOAD_AND_MIX = 'bank.load("path/to/this/folder", name="this")\nbank.mix(this=0.8)'
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def model_card(adapter: Adapter, files: Sequence[str] = ()) -> str:
+def model_card(adapter: Adapter, files: Sequence[str] = (), is_plain: bool = True) -> str:
     """Write README.md: the hub's header, what the adapter is, how to use it, how it was made.
 
     Args:
         files: names of further files in the folder; pictures are shown.
+        is_plain: whether plain diffusers and PEFT load it.
     """
     card = adapter.card
     is_image = any(component in adapter.components for component in ("unet", "transformer"))
@@ -24,7 +26,7 @@ def model_card(adapter: Adapter, files: Sequence[str] = ()) -> str:
         _header(adapter, is_image),
         f"# {'Text-to-image' if is_image else 'Language'} adapter for {card.base or 'an unnamed base'}",
         _summary(adapter),
-        _usage(adapter, is_image),
+        _usage(adapter, is_image) if is_plain else _usage_of_lycoris(),
     ]
     if pictures := [name for name in files if name.lower().endswith(_PICTURES)]:
         parts.append("## Pictures\n\n" + "\n".join(f"![{name}]({name})" for name in pictures))
@@ -90,13 +92,17 @@ def _usage(adapter: Adapter, is_image: bool) -> str:
         'pipe.load_lora_weights("path/to/this/folder")\n'
         f"picture = pipe({prompt}).images[0]"
     )
-    ours = (
-        "import mmpeft\n\n"
-        "bank = mmpeft.attach(pipe)\n"
-        'bank.load("path/to/this/folder", name="this")\n'
-        "bank.mix(this=0.8)"
-    )
+    ours = f"import mmpeft\n\nbank = mmpeft.attach(pipe)\n{_LOAD_AND_MIX}"
     return f"## Use\n\n```python\n{code}\n```\n\nTo mix it with others at chosen strengths:\n\n```python\n{ours}\n```"
+
+
+def _usage_of_lycoris() -> str:
+    code = f"import mmpeft\n\nbank = mmpeft.attach(pipe)  # the base, a pipeline or a model\n{_LOAD_AND_MIX}"
+    words = (
+        "Plain diffusers does not load this method. `mmpeft convert` writes the file for ComfyUI and A1111, or makes "
+        "it LoRA at an error that it tells."
+    )
+    return f"## Use\n\n```python\n{code}\n```\n\n{words}"
 
 
 def _lineage(card: AdapterCard) -> str:

@@ -15,7 +15,10 @@ from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
 from mmpeft.delta import Dense
 from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
 from mmpeft.methods.dora import DoraLayer
+from mmpeft.methods.full import FullLayer
+from mmpeft.methods.loha import LohaLayer
 from mmpeft.methods.lora import LoraLayer
+from mmpeft.methods.oft import InputOftLayer
 from mmpeft.verification import predict, verify
 
 KINDS = {
@@ -317,3 +320,66 @@ def test_a_folder_can_be_the_base(tiny_sd_folder, adapter, tmp_path):
     folder = adapter.save(tmp_path / "a")
     with pytest.raises(BaseMismatch, match=r"unet .UNet2DConditionModel."):
         adapter_file.load(folder, base=tiny_sd_folder)
+
+
+def test_what_diffusers_cannot_load_is_saved_as_lycoris_and_comes_back(tmp_path):
+    layers = {
+        "unet.my_own.block.conv_x": FullLayer(torch.randn(4, 3, 3, 3)),
+        "unet.my_own.block.conv_x.bias": FullLayer(torch.randn(4)),
+        "unet.mid_block.norm": FullLayer(torch.randn(4)),
+        "unet.a.to_q": LoraLayer(torch.randn(2, 3), torch.randn(4, 2), 5.0),
+        "text_encoder.b.q": DoraLayer(
+            torch.randn(2, 3), torch.randn(4, 2), 1.0, lora_magnitude_vector=torch.rand(4)
+        ),
+        "language_model.model.layers.0.mlp.up_proj": FullLayer(torch.randn(4, 3)),
+    }
+    adapter = Adapter(layers, AdapterCard(base="pocket", trigger="ink"))
+    folder = adapter.save(tmp_path / "a")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "adapter.json",
+        "lycoris.safetensors",
+    ]
+    page = (folder / "README.md").read_text()
+    assert "load_lora_weights" not in page
+    assert "mmpeft convert" in page
+    back = adapter_file.load(folder)
+    assert back.digest == adapter.digest
+    assert back.card == adapter.card
+
+
+def test_peft_folders_stand_beside_where_peft_has_the_method(tmp_path):
+    loha = LohaLayer(torch.randn(4, 2), torch.randn(2, 3), torch.randn(4, 2), torch.randn(2, 3), alpha=3.0)
+    turned = InputOftLayer(torch.randn(1, 3), 0)
+    folder = Adapter({"language_model.up": loha}).save(tmp_path / "loha")
+    assert (folder / "lycoris.safetensors").is_file()
+    assert adapter_file.load(folder / "peft/language_model").digest == adapter_file.load(folder).digest
+    adapter = Adapter({"language_model.up": turned})
+    folder = adapter.save(tmp_path / "oft")  # which has no other form
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "adapter.json", "peft"]
+    assert adapter_file.load(folder).digest == adapter.digest
+
+
+def test_a_base_gives_its_weights_to_the_layers_that_need_them(open_base, attach_randomly, tmp_path):
+    trained = open_base()
+    folder = attach_randomly(trained, "dora", rank=2).save(tmp_path / "a")
+    base = open_base()
+    bound, free = adapter_file.load(folder, base=base), adapter_file.load(folder)
+    name = next(name for name in bound if name.endswith("conv1"))
+    weight = base.unet.get_submodule(name.removeprefix("unet.")).weight
+    torch.testing.assert_close(bound[name].dense(), free[name].dense(weight))
+    assert bound[name].base_weight.data_ptr() == weight.data_ptr()  # a reference, not a copy
+    with pytest.raises(AdapterError, match="load the adapter with its base"):
+        free[name].dense()
+
+
+def test_changed_norms_and_biases_must_fit_the_base(open_base, tmp_path):
+    base = open_base()
+    norm = "unet.mid_block.resnets.0.norm1"
+    right = {norm: FullLayer(torch.ones(16)), f"{norm}.bias": FullLayer(torch.ones(16))}
+    assert adapter_file.load(Adapter(right).save(tmp_path / "a"), base=base).layers == tuple(right)
+    wrong = Adapter({**right, norm: FullLayer(torch.ones(3))}).save(tmp_path / "b")
+    with pytest.raises(
+        BaseMismatch, match=rf"1 of 2 layers match; {norm} has weight \(16,\), the adapter's is \(3,\)"
+    ):
+        adapter_file.load(wrong, base=base)

@@ -15,6 +15,7 @@ def test_public_names_are_these():
         "attach",
         "bake",
         "compose",
+        "export",
         "interference",
         "load_adapter",
         "plan",
