@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmpeft
@@ -171,6 +172,54 @@ def test_a_bank_pickles_and_copies_with_what_varies(unet_and_bank):
     copied = copy.deepcopy(unet)
     bank.mix({})
     torch.testing.assert_close(predict(copied), expected, **CLOSE)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_needs_no_other_graph_for_other_times_schedules_masks_and_samples():
+    graphs, first = [], 0
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            block_out_channels=(8,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            mid_block_type=None,
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ).eval()
+    live_unet = copy.deepcopy(unet)
+    banks = [mmpeft.attach(unet, capacity=4), mmpeft.attach(live_unet)]
+    for bank in banks:
+        bank.load(adapter_of(lora, live_unet, 0), "a")
+        bank.load(adapter_of(lora, live_unet, 1), "b")
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend=count)
+    try:
+        for points, mask, samples in (
+            (((0.0, 1.0),), LEFT, (1.0, 0.5)),
+            (((0.0, 1.0), (0.3, 0.0), (0.6, 1.0)), Mask([[1.0, 0.3]]), (-1.0, 0.0)),
+        ):
+            mix = {
+                "a": Weight(schedule=Schedule(points), mask=mask, samples=samples),
+                "b": Weight(conditional_only=True),
+            }
+            for timestep in (900, 500, 20):
+                found = []
+                for bank, model in zip(banks, (compiled, live_unet), strict=True):
+                    with bank.using(mix), bank.batch(BatchLayout(2)):
+                        found.append(predict(model, timestep=torch.tensor(timestep)))
+                torch.testing.assert_close(*found, **CLOSE)
+                first = first or len(graphs)
+    finally:
+        torch._dynamo.reset()
+    assert len(graphs) == first
 
 
 # language models: rows are prompts, or prompts times beams
