@@ -382,6 +382,8 @@ class LayerBranch(Branch):
         if self._ranks.counts:
             A, B, weights = self._ranks.active()
             changed = torch.addmm(changed.flatten(1), B * weights, A.flatten(1)).view_as(weight)
+        if changed.stride() != weight.stride():  # the memory format decides the output's
+            changed = torch.empty_like(weight).copy_(changed)
         if self._biases.counts:
             bias = self._biases.sum() if bias is None else bias + self._biases.sum()
         return changed, bias
