@@ -179,6 +179,8 @@ def read_layers(
     metadata: Mapping[str, str],
     there: Mapping[str, tuple[int, ...]] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
+    *,
+    keep_unknown: bool = False,
 ) -> dict[str, LayerAdapter]:
     """Turn a file's tensors into layer adapters by layer name, whoever's names they have; numbers are not looked at.
 
@@ -186,6 +188,7 @@ def read_layers(
         file: tells the format's other files, and errors what to call it.
         there: shapes of what the base has, by name on disk with the component, where it is known.
         modules: of the base by component, where they are at hand.
+        keep_unknown: whether names that need a base stay as they are in the file, for looking at it alone.
 
     Raises:
         FormatError: a key is unknown, or keys of several tools are mixed.
@@ -201,9 +204,9 @@ def read_layers(
             examples = " and ".join(f"{name} {key!r}" for name, key in found.items())
             raise FormatError(f"keys of {len(found)} tools are mixed, {examples}; split the file by tool")
         if "PEFT's" in found:
-            return _read_peft(file, tensors, there, modules)
+            return _read_peft(file, tensors, there, modules, keep_unknown)
         if "kohya's" in found:
-            return kohya.read(tensors, metadata, there)
+            return kohya.read(tensors, metadata, there, keep_unknown=keep_unknown)
         if "diffusers'" in found:
             return diffusers.read(tensors, metadata)
         raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
@@ -282,6 +285,13 @@ def _places(component: str, model: nn.Module) -> dict[str, tuple[str, str]]:
 
 def bound_layers(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, LayerAdapter]]:
     """Give layers that depend on the base's weight a reference to it, where it lies there as plain numbers."""
+    weights = dict(weights_of(adapter, modules))
+    for name, layer in adapter.items():
+        yield name, layer.bound(weights[name]) if layer.needs_weight and name in weights else layer
+
+
+def weights_of(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Give the base's weights and vectors that an adapter changes, where they lie there as plain numbers."""
     for component in adapter.components:
         places = _places(component, modules[component])
         for disk, layer in adapter.component(component).items():
@@ -289,9 +299,8 @@ def bound_layers(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator
             weight: Any = getattr(modules[component].get_submodule(live), attribute, None)
             is_plain = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
             # a quantised weight is there in another shape
-            if layer.needs_weight and is_plain and shapes_agree(tuple(layer.shape), tuple(weight.shape)):
-                layer = layer.bound(weight.detach())
-            yield f"{component}.{disk}", layer
+            if is_plain and shapes_agree(tuple(layer.shape), tuple(weight.shape)):
+                yield f"{component}.{disk}", weight.detach()
 
 
 def weights_file(path: Path) -> Path:
@@ -327,12 +336,18 @@ def _read_peft(
     tensors: Mapping[str, Tensor],
     there: Mapping[str, tuple[int, ...]] | None,
     modules: Mapping[str, nn.Module] | None,
+    keep_unknown: bool,
 ) -> dict[str, LayerAdapter]:
     config_file = file.parent / PEFT_CONFIG
     if not config_file.is_file():
         raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
     config = _read_json(config_file)
     component = _peft_component(file, peft.layer_names(tensors), config, there)
+    if component is None and not keep_unknown:
+        raise FormatError(
+            "it does not say which component it belongs to; give the base that it was trained on"
+        )
+    component = component or "model"
     names = _PeftNames(component, there)
 
     def bias_of(name: str) -> Tensor | None:
@@ -349,7 +364,7 @@ def _read_peft(
 
 def _peft_component(
     file: Path, names: Iterable[str], config: Mapping[str, Any], there: Mapping[str, tuple[int, ...]] | None
-) -> str:
+) -> str | None:
     """Tell which component a PEFT file belongs to: by its native folder, its configuration, its names or the base."""
     if file.parent.parent.name == "peft" and file.parent.name in COMPONENTS:
         return file.parent.name
@@ -357,10 +372,6 @@ def _peft_component(
     component = peft.component_of(names, config)
     if len(known) == 1 and component not in known:
         (component,) = known
-    if component is None:
-        raise FormatError(
-            "it does not say which component it belongs to; give the base that it was trained on"
-        )
     return component
 
 

@@ -258,20 +258,26 @@ def convert(
 
 
 def inspect(
-    path: Path, /, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False
+    path: Path,
+    /,
+    *,
+    base: str | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Say what is in an adapter: method, ranks, alphas, norms, base, health.
+    """Say what is in an adapter: format, method, ranks, alphas, norms, base, metadata, health.
 
     Parameters
     ----------
     path:
-        A folder or a .safetensors file.
+        A folder or a .safetensors file of kohya, LyCORIS, diffusers or PEFT.
+    base:
+        The model's folder, or pocket: for the norms of methods that depend on its weights.
     as_json:
         Print JSON instead of a table.
     """
     from mmpeft.inspection import inspect as look
 
-    report = look(path)
+    report = look(path, base)
     print(json.dumps(report.as_dict(), indent=2) if as_json else report.text())
 
 

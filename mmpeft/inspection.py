@@ -1,4 +1,4 @@
-"""What an adapter holds, read from its files alone."""
+"""What an adapter holds, read from its files alone, or with its base where the method needs it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import torch
+
 from mmpeft import adapter_file
 from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.errors import AdapterError
-from mmpeft.key_formats import peft
+from mmpeft.injection import shapes
+from mmpeft.key_formats import kohya, peft
+from mmpeft.methods.lora import LoraLayer
 from mmpeft.safetensors_file import read_tensors
 
 # A layer is called odd when its change is so many times the typical one of its component, or that much below.
@@ -23,7 +27,23 @@ FAR_FROM_THE_REST = 20.0
 # Layers that the text names; `as_dict` has all.
 _SHOWN = 5
 
-Format = Literal["native folder", "PEFT", "diffusers"]
+# Header keys that the text shows; `as_dict` has all.
+_SHOWN_METADATA = (
+    "modelspec.title",
+    "modelspec.architecture",
+    "modelspec.trigger_phrase",
+    "modelspec.prediction_type",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+# Entries of a dense change that are not built just to measure it; the largest layer of a known model has a quarter.
+_MOST_ENTRIES = 2**28
+
+Format = Literal["native folder", "PEFT", "diffusers", "kohya", "LyCORIS"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +55,10 @@ class LayerReport:
         method: lora, dora, ...
         shape: of the base's weight.
         rank, alpha, scale: as saved; None for a method without.
-        norm: Frobenius norm of the change; None where it depends on the base's weight.
-        relative: `norm` over the norm of the base's weight; None where the card does not know that.
+        norm: Frobenius norm of the change; None where it depends on the base's weight, or is not finite.
+        relative: `norm` over the norm of the base's weight; None where neither base nor card tells that.
         entries: numbers saved for this layer.
+        broken: tensors that have numbers that are not finite, with their share.
     """
 
     name: str
@@ -49,6 +70,7 @@ class LayerReport:
     norm: float | None
     relative: float | None
     entries: int
+    broken: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,7 @@ class AdapterReport:
         components: number of layers by component.
         layers: in the order of their names.
         card: what adapter.json says; empty where there is none.
-        metadata: header keys of the file.
+        metadata: the file's header.
         health: what looks wrong, a sentence each; empty when all is well.
     """
 
@@ -72,7 +94,7 @@ class AdapterReport:
     components: Mapping[str, int]
     layers: tuple[LayerReport, ...]
     card: AdapterCard
-    metadata: tuple[str, ...]
+    metadata: Mapping[str, str]
     health: tuple[str, ...]
 
     @property
@@ -99,7 +121,7 @@ class AdapterReport:
                 "layers": len(fingerprint.get("layers", {})),
             },
             "card": card,
-            "metadata": list(self.metadata),
+            "metadata": dict(self.metadata),
             "health": list(self.health),
         }
 
@@ -126,7 +148,8 @@ class AdapterReport:
             "data": card.data_digest,
             "fused from": ", ".join(str(parent.get("base", parent)) for parent in card.parents),
             "figures": ", ".join(f"{name} {_short(value)}" for name, value in card.metrics.items()),
-            "header": ", ".join(self.metadata),
+            **{key: self.metadata.get(key) for key in _SHOWN_METADATA},
+            "more in the header": ", ".join(sorted(self.metadata.keys() - set(_SHOWN_METADATA))),
         }
         lines += [f"{name}: {value}" for name, value in facts.items() if value not in (None, "")]
         lines += ["", *(f"look at this: {sentence}" for sentence in self.health)]
@@ -149,21 +172,30 @@ class AdapterReport:
         return lines
 
 
-def inspect(path: str | Path) -> AdapterReport:
+def inspect(path: str | Path, base: Any = None) -> AdapterReport:
     """Read an adapter and say what is in it: method, ranks, norms, base, and whether it is sound.
 
+    Numbers that are not finite, which `load_adapter` refuses, are told. Names that only the base can tell stay as they
+    are in the file.
+
     Args:
-        path: a folder or a .safetensors file that `load_adapter` reads.
+        path: a folder or a .safetensors file in a format that `load_adapter` reads.
+        base: what `load_adapter` takes; with it the norms of methods that depend on its weights are known.
 
     Raises:
         AdapterError: there is no such file, or it is a pickle.
-        FormatError: it is broken, in no format that is known, or holds numbers that are not finite.
+        FormatError: it is broken, or in no format that is known.
+        BaseMismatch: it does not fit `base`.
     """
-    path = Path(path)
-    file = adapter_file.weights_file(path)
+    file = adapter_file.weights_file(Path(path))
+    modules = None if base is None else adapter_file.modules_of(base)
     tensors, metadata = read_tensors(file)
-    adapter = adapter_file.load(path)
-    layers = tuple(_layers(adapter))
+    there = None if modules is None else shapes(modules)
+    found = adapter_file.read_layers(file, tensors, metadata, there, modules, keep_unknown=modules is None)
+    adapter = Adapter(found, adapter_file.read_card(file))
+    if modules is not None:
+        adapter = adapter_file.bind(adapter, modules, file.name)
+    layers = tuple(_layers(adapter, _weight_norms(adapter, modules)))
     return AdapterReport(
         file=file.name,
         format=_format(file, tensors),
@@ -171,24 +203,46 @@ def inspect(path: str | Path) -> AdapterReport:
         components=Counter(name.split(".", 1)[0] for name in adapter.layers),
         layers=layers,
         card=adapter.card,
-        metadata=tuple(sorted(metadata)),
+        metadata=metadata,
         health=tuple(_health(layers)),
     )
 
 
 def _format(file: Path, keys: Iterable[str]) -> Format:
+    keys = list(keys)
+    names = (adapter_file.WEIGHTS, adapter_file.LYCORIS_WEIGHTS)
+    if file.name in names and (file.parent / adapter_file.CARD).is_file():
+        return "native folder"
     if peft.is_ours(keys):
         return "PEFT"
-    is_native = file.name == adapter_file.WEIGHTS and (file.parent / adapter_file.CARD).is_file()
-    return "native folder" if is_native else "diffusers"
+    if not kohya.is_ours(keys):
+        return "diffusers"
+    is_plain = all(
+        key.startswith("lora_") and key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha"))
+        for key in keys
+    )
+    return "kohya" if is_plain else "LyCORIS"
 
 
-def _layers(adapter: Adapter) -> Iterator[LayerReport]:
-    fingerprint = adapter.card.fingerprint
-    sketches = Fingerprint.from_json(fingerprint).layers if fingerprint else {}
+def _weight_norms(adapter: Adapter, modules: Mapping[str, Any] | None) -> dict[str, float]:
+    """Give the norms of the base's weights, from the base where it is known, else from the card."""
+    if modules is None:
+        fingerprint = adapter.card.fingerprint
+        sketches = Fingerprint.from_json(fingerprint).layers if fingerprint else {}
+        return {name: sketch.norm for name, sketch in sketches.items()}
+    weights = adapter_file.weights_of(adapter, modules)
+    return {name: float(weight.float().norm()) for name, weight in weights}
+
+
+def _layers(adapter: Adapter, weight_norms: Mapping[str, float]) -> Iterator[LayerReport]:
     for name, layer in adapter.items():
-        norm = _norm(layer)
-        weight_norm = sketches[name].norm if name in sketches else None
+        broken = {
+            part: 1 - float(torch.isfinite(tensor).float().mean())
+            for part, tensor in layer.tensors.items()
+            if not torch.isfinite(tensor).all()
+        }
+        norm = None if broken else _norm(layer)
+        weight_norm = weight_norms.get(name)
         yield LayerReport(
             name=name,
             method=layer.method,
@@ -199,17 +253,27 @@ def _layers(adapter: Adapter) -> Iterator[LayerReport]:
             norm=norm,
             relative=norm / weight_norm if norm is not None and weight_norm else None,
             entries=sum(tensor.numel() for tensor in layer.tensors.values()),
+            broken=broken,
         )
 
 
 def _norm(layer: LayerAdapter) -> float | None:
+    if prod(layer.shape) > _MOST_ENTRIES and not isinstance(layer, LoraLayer):
+        return None
     try:
-        return layer.delta().norm()
+        norm = layer.delta().norm()
     except AdapterError:  # the method needs the base's weight
         return None
+    return norm if math.isfinite(norm) else None
 
 
 def _health(layers: Sequence[LayerReport]) -> Iterator[str]:
+    if broken := [layer.name for layer in layers if layer.broken]:
+        worst = max(share for layer in layers for share in layer.broken.values())
+        yield (
+            f"numbers that are not finite, up to {worst:.0%} of a tensor, in {_some(broken)}: the adapter cannot be "
+            f"loaded"
+        )
     dead = [layer.name for layer in layers if layer.norm == 0]
     if len(dead) == len(layers):
         yield "every layer's change is zero: the adapter does nothing, as before the first training step"

@@ -9,8 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import mmpeft
 import mmpeft.adapter_file as adapter_file
-from mmpeft.errors import AdapterError, FormatError
+from mmpeft.adapter import Adapter
+from mmpeft.errors import AdapterError, BaseMismatch, FormatError
+from mmpeft.methods.lora import LoraLayer
+from mmpeft.verification import predict
 
 
 def good_file(folder):
@@ -58,6 +62,7 @@ def saved(tensors, metadata=None):
 
 A, B = torch.ones(2, 3), torch.ones(4, 2)
 PAIR = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B}
+KOHYA = {"lora_unet_conv_in.lora_down.weight": A, "lora_unet_conv_in.lora_up.weight": B}
 BROKEN = {
     "missing": (lambda folder: folder / "nothing", AdapterError, "there is no adapter at"),
     "empty folder": (lambda folder: folder, FormatError, "no .safetensors file; it has nothing"),
@@ -172,12 +177,108 @@ BROKEN = {
         FormatError,
         "rank 2, but the file's settings say 7",
     ),
+    "alpha no number": (
+        saved({**PAIR, "unet.a.alpha": torch.tensor(float("nan"))}),
+        FormatError,
+        "unet.a has alpha nan, which gives no finite change",
+    ),
+    "kohya NaN": (
+        saved({**KOHYA, "lora_unet_conv_in.lora_up.weight": B * float("inf")}),
+        FormatError,
+        r"unet.conv_in has numbers that are not finite in lora_B \(100 %",
+    ),
+    "kohya alpha": (
+        saved({**KOHYA, "lora_unet_conv_in.alpha": torch.tensor(float("inf"))}),
+        FormatError,
+        "unet.conv_in has alpha inf; a finite number is needed",
+    ),
+    "kohya ranks": (
+        saved({**KOHYA, "lora_unet_conv_in.lora_up.weight": torch.ones(4, 3)}),
+        FormatError,
+        "unet.conv_in has rank 2 in lora_down.weight and 3 in lora_up.weight",
+    ),
+    "half a kohya layer": (
+        saved({"lora_unet_conv_in.lora_up.weight": B}),
+        FormatError,
+        "unet.conv_in has no lora_down.weight",
+    ),
+    "two methods in a layer": (
+        saved({**KOHYA, "lora_unet_conv_in.diff": A}),
+        FormatError,
+        "unet.conv_in has tensors of LoRA and of full",
+    ),
+    "unknown kohya tensor": (
+        saved({**KOHYA, "lora_unet_conv_in.lora_sideways": A}),
+        FormatError,
+        "unet.conv_in has 'lora_sideways', which is no tensor of LoRA",
+    ),
+    "kohya and PEFT": (
+        saved({**KOHYA, "base_model.model.a.lora_A.weight": A}),
+        FormatError,
+        "keys of 2 tools are mixed, PEFT's 'base_model.model.a.lora_A.weight' and kohya's",
+    ),
+    "kohya and strangers": (saved({**KOHYA, "hello": A}), FormatError, "'hello' is no key of kohya's"),
+    "layers no JSON": (saved(KOHYA, {"mmpeft_layers": "{"}), FormatError, "mmpeft_layers is no JSON object"),
+    "layers of no component": (
+        saved(KOHYA, {"mmpeft_layers": '{"lora_unet_conv_in": "conv_in"}'}),
+        FormatError,
+        "mmpeft_layers has 'conv_in', which names no component",
+    ),
     "peft without settings": (
         saved({f"base_model.model.{k[5:]}": t for k, t in PAIR.items()}),
         FormatError,
         "needs adapter_config.json",
     ),
 }
+
+
+# Files that are good, but not for the tiny base.
+FOREIGN = {
+    "other shapes": (saved(KOHYA), r"0 of 1 layers match; unet.conv_in has weight \(8, 4, 3, 3\)"),
+    "other names": (
+        saved({key.replace("conv_in", "input_blocks_8_1_proj_in"): t for key, t in KOHYA.items()}),
+        "unet 0 of 1 names are layers of this base",
+    ),
+    "another component": (
+        saved({key.replace("unet_conv_in", "te2_text_projection"): t for key, t in KOHYA.items()}),
+        "this one has no text_encoder_2",
+    ),
+    "other shapes of diffusers": (
+        saved({key.replace("unet.a", "unet.conv_in"): t for key, t in PAIR.items()}),
+        "0 of 1 layers match; unet.conv_in has weight",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline_with_bank(tiny_sd_folder):
+    """A pipeline, its bank with one adapter mixed in, and what they compute."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    bank = mmpeft.attach(pipe)
+    layer = LoraLayer(torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1), 1.0)
+    bank.load(Adapter({"unet.conv_in": layer}), name="good")
+    bank.mix(good=0.5)
+    return pipe, bank, predict(pipe, ["a red cat"])
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, *FOREIGN])
+def test_a_bad_file_changes_nothing_in_a_bank(kind, pipeline_with_bank, tmp_path):
+    pipe, bank, before = pipeline_with_bank
+    digest = bank.weights_digest()
+    make, error, words = (
+        BROKEN[kind] if kind in BROKEN else (FOREIGN[kind][0], BaseMismatch, FOREIGN[kind][1])
+    )
+    if kind in FOREIGN:
+        with pytest.raises(error, match=words):
+            mmpeft.load_adapter(make(tmp_path), base=pipe)
+    with pytest.raises(AdapterError) as caught:
+        bank.load(make(tmp_path), name="bad")
+    assert "\n" not in str(caught.value)
+    assert list(bank.adapters) == ["good"]
+    assert bank.weights_digest() == digest
+    assert torch.equal(predict(pipe, ["a red cat"]), before)
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -5,9 +5,10 @@ import pytest
 import safetensors.torch
 import torch
 
+import mmpeft
 from mmpeft.adapter import Adapter, AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
-from mmpeft.errors import AdapterError, FormatError
+from mmpeft.errors import AdapterError
 from mmpeft.inspection import inspect
 from mmpeft.methods.dora import DoraLayer
 from mmpeft.methods.lora import LoraLayer
@@ -98,8 +99,6 @@ def test_the_weights_of_a_folder_can_be_looked_at_alone(folder, tmp_path):
     ],
 )
 def test_a_layer_that_is_not_like_the_others_is_named(folder, odd, sentence):
-    import mmpeft
-
     healthy = mmpeft.load_adapter(folder)
     layers = {**healthy, "unet.mid_block.attentions.3.to_q": lora(3, size=odd)}
     report = inspect(Adapter(layers, healthy.card).save(folder))
@@ -122,15 +121,87 @@ def test_a_change_that_depends_on_the_base_has_no_norm(tmp_path):
     assert "depends on the base's weights" in report.text()
 
 
-def test_numbers_that_are_not_finite_are_an_error_that_names_the_layer(folder):
+def test_numbers_that_are_not_finite_are_told_with_their_layers(folder):
     file = folder / "pytorch_lora_weights.safetensors"
     with safetensors.safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = safetensors.torch.load_file(file)
     tensors["unet.mid_block.attentions.1.to_q.lora_B.weight"][0, 0] = math.nan
     safetensors.torch.save_file(tensors, file, metadata)
-    with pytest.raises(FormatError, match=r"attentions.1.to_q has numbers that are not finite in lora_B"):
-        inspect(folder)
+    report = inspect(folder)
+    sentence = (
+        "not finite, up to 8% of a tensor, in unet.mid_block.attentions.1.to_q: the adapter cannot be loaded"
+    )
+    assert any(sentence in line for line in report.health), report.health
+    broken = {layer.name: layer.broken for layer in report.layers if layer.broken}
+    assert broken == {"unet.mid_block.attentions.1.to_q": {"lora_B": pytest.approx(1 / 12)}}
+    assert report.total_norm is None
+    json.dumps(report.as_dict())
+
+
+def kohya_file(folder, stem="lora_unet_mid_block_attentions_0_proj_in", **metadata):
+    tensors = {
+        f"{stem}.lora_down.weight": torch.ones(2, 8),
+        f"{stem}.lora_up.weight": torch.ones(6, 2),
+        f"{stem}.alpha": torch.tensor(1.0),
+    }
+    safetensors.torch.save_file(tensors, folder / "x.safetensors", metadata)
+    return folder / "x.safetensors"
+
+
+def test_what_kohya_says_of_a_file_is_shown(tmp_path):
+    said = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": "2", "ss_tag_frequency": "{}"}
+    report = inspect(kohya_file(tmp_path, **said))
+    assert (report.format, report.layers[0].alpha, report.layers[0].scale) == ("kohya", 1.0, 0.5)
+    assert "ss_base_model_version: sdxl_base_v1-0" in report.text()
+    assert "more in the header: ss_tag_frequency" in report.text()
+    assert report.as_dict()["metadata"] == said
+
+
+def test_names_that_only_the_base_can_tell_stay_as_they_are(tmp_path):
+    report = inspect(kohya_file(tmp_path, stem="lora_unet_my_own_block"))
+    assert [layer.name for layer in report.layers] == ["unet.my_own_block"]
+    assert report.layers[0].norm == pytest.approx(0.5 * 2 * math.sqrt(48))
+
+
+def test_other_methods_of_lycoris_are_told(tmp_path):
+    stem = "lycoris_down_blocks_0_resnets_0_conv1"
+    parts = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)}
+    tensors = {f"{stem}.{part}": torch.ones(shape) for part, shape in parts.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    report = inspect(tmp_path / "x.safetensors")
+    assert (report.format, report.layers[0].method, report.layers[0].rank) == ("LyCORIS", "loha", 2)
+    assert report.layers[0].norm == pytest.approx(4 * math.sqrt(48))
+    saved = mmpeft.load_adapter(tmp_path / "x.safetensors").save(tmp_path / "a")
+    assert inspect(saved).format == "native folder"
+
+
+def test_a_change_too_large_to_build_is_not_built(tmp_path):
+    side = 2**15
+    tensors = {
+        "lora_unet_conv_in.hada_w1_a": torch.ones(side, 1),
+        "lora_unet_conv_in.hada_w1_b": torch.ones(1, side),
+        "lora_unet_conv_in.hada_w2_a": torch.ones(side, 1),
+        "lora_unet_conv_in.hada_w2_b": torch.ones(1, side),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    assert inspect(tmp_path / "x.safetensors").layers[0].norm is None
+
+
+def test_with_its_base_the_norms_of_every_method_are_known(tmp_path, tiny_sd_folder):
+    from diffusers import StableDiffusionPipeline
+
+    base = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    name = "mid_block.attentions.0.proj_in"
+    weight = base.unet.get_submodule(name).weight.detach()
+    zero = torch.zeros(weight.shape[0], 2, 1, 1)
+    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(1, -1, 1, 1)
+    layer = DoraLayer(torch.ones(2, *weight.shape[1:]), zero, 2.0, lora_magnitude_vector=1.5 * norm)
+    folder = Adapter({f"unet.{name}": layer}).save(tmp_path / "a")
+    assert inspect(folder).layers[0].norm is None
+    found = inspect(folder, base=base).layers[0]
+    assert found.norm == pytest.approx(0.5 * float(weight.norm()), rel=1e-5)
+    assert found.relative == pytest.approx(0.5, rel=1e-5)
 
 
 def test_what_is_no_adapter_is_told(tmp_path):

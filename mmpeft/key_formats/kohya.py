@@ -60,7 +60,11 @@ def is_ours(keys: Iterable[str]) -> bool:
 
 
 def read(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes | None = None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shapes: Shapes | None = None,
+    *,
+    keep_unknown: bool = False,
 ) -> dict[str, LayerAdapter]:
     """Turn a kohya or LyCORIS file into layer adapters by layer name with the component in front.
 
@@ -68,6 +72,8 @@ def read(
         tensors: the file's tensors.
         metadata: the file's header metadata.
         shapes: of the base's layers, gains and biases, by name on disk with the component in front.
+        keep_unknown: whether a name that cannot be read stays as it is in the file, after its component and a dot, for
+            looking at the file alone.
 
     Raises:
         FormatError: a key is none of kohya's or LyCORIS's, tensors do not fit each other, or a name cannot be read
@@ -80,7 +86,7 @@ def read(
         modules.setdefault(stem, {})[part] = tensor
     rslora = _is_rslora(metadata)
     layers: dict[str, LayerAdapter] = {}
-    for stem, name in _names(modules, metadata, shapes).items():
+    for stem, name in _names(modules, metadata, shapes, keep_unknown).items():
         shape = shapes.get(name) if shapes else None
         parts = lycoris.layer_from(
             name, modules[stem], shape, rslora=rslora, kohya_oft=stem.startswith(_KOHYA_OFT)
@@ -186,7 +192,9 @@ def _is_rslora(metadata: Mapping[str, str]) -> bool:
         return False  # a remark of the training, which decides for few files
 
 
-def _names(stems: Iterable[str], metadata: Mapping[str, str], shapes: Shapes | None) -> dict[str, str]:
+def _names(
+    stems: Iterable[str], metadata: Mapping[str, str], shapes: Shapes | None, keep_unknown: bool
+) -> dict[str, str]:
     """Find the layer, with its component, that each flattened name means."""
     stated = _stated_names(metadata)
     find = _Finder(shapes)
@@ -194,11 +202,13 @@ def _names(stems: Iterable[str], metadata: Mapping[str, str], shapes: Shapes | N
     unknown: list[str] = []
     for stem in stems:
         found = (stated[stem],) if stem in stated else find(stem)
-        if len(found) > 1:
+        if len(found) > 1 and not keep_unknown:
             hint = "give as base only the component that it is for" if shapes else "give the base"
             raise FormatError(f"{stem!r} can mean {' or '.join(found)}; {hint}")
-        if found:
+        if len(found) == 1:
             names[stem] = found[0]
+        elif keep_unknown:
+            names[stem] = f"{_title(stem)}.{_prefix_of(stem)[1]}"
         else:
             unknown.append(stem)
     if unknown and shapes is None:
@@ -262,9 +272,13 @@ def _stated_names(metadata: Mapping[str, str]) -> dict[str, str]:
     if LAYERS_KEY not in metadata:
         return {}
     try:
-        return {str(stem): str(name) for stem, name in json.loads(metadata[LAYERS_KEY]).items()}
+        names = {str(stem): str(name) for stem, name in json.loads(metadata[LAYERS_KEY]).items()}
     except (json.JSONDecodeError, AttributeError) as error:
         raise FormatError(f"the header's {LAYERS_KEY} is no JSON object") from error
+    for name in names.values():
+        if name.partition(".")[0] not in COMPONENTS:
+            raise FormatError(f"the header's {LAYERS_KEY} has {name!r}, which names no component")
+    return names
 
 
 def _counted(names: Mapping[str, str], unknown: Iterable[str]) -> str:
