@@ -495,7 +495,7 @@ def _origin(model: Any) -> str:
     """Give the folder or hub name that a model was loaded from; "" if it was not."""
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    return name if isinstance(name, str) else ""
+    return str(name) if isinstance(name, str | Path) else ""
 
 
 def _is_compiled(module: nn.Module) -> bool:

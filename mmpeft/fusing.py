@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from functools import reduce
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mmpeft.branch import Branch, Part
 from mmpeft.errors import BankError, BaseError
+
+if TYPE_CHECKING:
+    from mmpeft.base_files import BaseFiles
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -76,7 +79,7 @@ class _Place:
 class Fusion:
     """What is fused now, and the way back. Made by `fuse`."""
 
-    def __init__(self, base: Any = None) -> None:
+    def __init__(self, base: BaseFiles | None = None) -> None:
         self._places: list[_Place] = []
         self._base = base
 
@@ -115,27 +118,30 @@ class Fusion:
                     f"{place.name} was changed while the mix was fused (by training, another adapter's merge or a "
                     f"change of type); undo that first, or give it up with unfuse(lose_edits=True)"
                 )
-        if self._base is not None:
-            for place in self._places:
-                self._read(place)
+        for place in self._places:
+            self._before(place)
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put back what was there before, byte for byte."""
         # backwards: of a weight that two layers share, the first copy is the untouched one
         for place in reversed(self._places):
-            place.tensor.copy_(self._read(place) if place.before is None else place.before)
+            place.tensor.copy_(self._before(place))
         self._places.clear()
 
-    def _read(self, place: _Place) -> Tensor:
-        stored = read_stored(self._base, place.name, place.tensor.dtype)
-        if stored is None or _digest(stored) not in {
-            p.digest for p in self._places if p.tensor is place.tensor
-        }:
-            raise BankError(
-                f"the base's file no longer has {place.name} as it was fused; put the file back to unfuse"
-            )
-        return stored
+    def _before(self, place: _Place) -> Tensor:
+        if place.before is not None:
+            return place.before
+        before = {each.digest for each in self._places if each.tensor is place.tensor}
+        try:
+            for stored in read_stored(self._base, place.name, place.tensor.dtype) if self._base else ():
+                if stored.shape == place.tensor.shape and _digest(stored) in before:
+                    return stored
+        except (BaseError, OSError) as error:
+            raise BankError(f"cannot unfuse {place.name}: the base's file cannot be read: {error}") from error
+        raise BankError(
+            f"the base's file no longer has {place.name} as it was fused; put the file back to unfuse"
+        )
 
 
 def fuse(branches: Mapping[str, Branch], base_file: str | Path | None = None) -> tuple[Fusion, FusionReport]:
@@ -168,30 +174,27 @@ def fuse(branches: Mapping[str, Branch], base_file: str | Path | None = None) ->
     return fusion, FusionReport(norms)
 
 
-def read_stored(base: Any, name: str, dtype: torch.dtype) -> Tensor | None:
-    """Read a layer's weight from the base's files, in the live model's float type; None if it is not there."""
-    weight = base.find(name)
-    if weight is None:
-        return None
-    stored: Tensor = base.weights[weight][0].read()
-    return stored.to(dtype)
+def read_stored(base: BaseFiles, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Read a layer's weight from each of the base's files that has it, in the live model's float type."""
+    for slot in base.slots(name):
+        yield slot.read().to(dtype)
 
 
-def _open(base_file: str | Path, places: Mapping[str, tuple[Branch, Part]]) -> Any:
+def _open(base_file: str | Path, places: Mapping[str, tuple[Branch, Part]]) -> BaseFiles:
     from mmpeft.base_files import open_base
 
     try:
         base = open_base(base_file)
-    except BaseError as error:
+        for name, (branch, part) in places.items():
+            live = _bits(getattr(branch.layer, part).cpu())
+            stored = list(read_stored(base, name, getattr(branch.layer, part).dtype))
+            if not any(each.shape == live.shape and torch.equal(_bits(each), live) for each in stored):
+                found = "has other bytes for" if stored else "does not have"
+                raise BankError(
+                    f"{base.title} {found} {name}, so it cannot be unfused from there; use keep='copy'"
+                )
+    except (BaseError, OSError) as error:
         raise BankError(f"cannot unfuse from the base's file: {error}; or use keep='copy'") from error
-    for name, (branch, part) in places.items():
-        live = getattr(branch.layer, part).detach().cpu()
-        stored = read_stored(base, name, live.dtype)
-        if stored is None or stored.shape != live.shape or not torch.equal(_bits(stored), _bits(live)):
-            found = "does not have" if stored is None else "has other bytes for"
-            raise BankError(
-                f"{base.title} {found} {name}, so it cannot be unfused from there; use keep='copy'"
-            )
     return base
 
 
