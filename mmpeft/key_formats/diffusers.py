@@ -2,7 +2,8 @@
 
 The header key `lora_adapter_metadata` is a JSON object of LoraConfig fields with the component in front ("unet.r").
 Without it diffusers takes alpha = rank. Older names that are read: `lora.down`/`lora.up` and `lora_linear_layer.*`
-(down is A), and attention processors' `processor.to_q_lora.*`, which in text encoders stand for `q_proj`.
+(down is A), and attention processors' `processor.to_q_lora.*`, which in text encoders stand for `q_proj`. What a model
+saves by itself (`save_lora_adapter`, `save_attn_procs`) has no component in front, in names and settings alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from mmpeft.adapter import LayerAdapter
 from mmpeft.errors import FormatError
 from mmpeft.injection import COMPONENTS
-from mmpeft.key_formats import peft
+from mmpeft.key_formats import kohya_names, peft
 
 SETTINGS_KEY = "lora_adapter_metadata"
 _COMPONENT = re.compile(rf"({'|'.join(sorted(COMPONENTS, reverse=True))})\.")
@@ -30,14 +31,11 @@ _LEGACY_ENDINGS = {
     ".lora_linear_layer.alpha": "alpha",
     ".alpha": "alpha",
 }
-_PROCESSOR = re.compile(
-    r"(?:\.processor)?\.(?:to_(q|k|v|out)|add_(k|v)_proj)_lora\.(?:(down|up)\.weight|(alpha))$"
-)
-_UNET_PROCESSOR = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
+_PROCESSOR = re.compile(r"\.(?:to_(q|k|v|out)|add_(k|v)_proj)_lora\.(?:(down|up)\.weight|(alpha))$")
 
 
 def is_ours(keys: Iterable[str]) -> bool:
-    """Tell whether keys look like diffusers' (with a component in front, or attention processors of a UNet)."""
+    """Tell whether keys look like diffusers': with a component in front, or names that only one component has."""
     return any(_split(key) is not None for key in keys)
 
 
@@ -52,8 +50,9 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
         FormatError: a key that is none of LoRA's or DoRA's, broken settings, or factors that do not fit.
     """
     named: dict[tuple[str, str], dict[str, Tensor]] = {}
+    alone = _component_of_bare(tensors)
     for key, tensor in tensors.items():
-        split = _split(key)
+        split = _split(key, alone)
         if split is None:
             raise FormatError(f"{key!r} is no key of a LoRA or DoRA layer of diffusers")
         component, layer, part = split
@@ -65,7 +64,7 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
     layers: dict[str, LayerAdapter] = {}
     for (component, layer), parts in named.items():
         name = f"{component}.{layer}"
-        own = settings.get(component)
+        own = settings.get("" if alone else component)
         rank, alpha, rslora = peft.settings_of(own, layer) if own else (None, None, False)
         if "alpha" in parts:
             if own:
@@ -94,15 +93,29 @@ def write(components: Mapping[str, Mapping[str, LayerAdapter]]) -> tuple[dict[st
     return tensors, {"format": "pt", SETTINGS_KEY: json.dumps(settings, sort_keys=True)}
 
 
-def _split(key: str) -> tuple[str, str, str] | None:
-    """Take a key apart into (component, layer name on disk, our name of the tensor)."""
-    match = _COMPONENT.match(key)
-    if match:
-        component, rest = match[1], key[match.end() :]
-    elif _UNET_PROCESSOR.match(key) and _PROCESSOR.search(key):
-        component, rest = "unet", key
-    else:
+def _component_of_bare(keys: Iterable[str]) -> str | None:
+    """Tell which component a file is of that has none in front of its names; None where its names have one."""
+    if any(_COMPONENT.match(key) for key in keys):
         return None
+    found = {component for key in keys if (component := _guess(key))}
+    return found.pop() if len(found) == 1 else None
+
+
+def _guess(key: str) -> str | None:
+    return kohya_names.component_of(kohya_names.flattened(key))
+
+
+def _split(key: str, alone: str | None = None) -> tuple[str, str, str] | None:
+    """Take a key apart into (component, layer name on disk, our name of the tensor).
+
+    Args:
+        alone: the component of a file that has none in its names.
+    """
+    match = _COMPONENT.match(key)
+    component, rest = (match[1], key[match.end() :]) if match else (alone or _guess(key), key)
+    if component is None:
+        return None
+    rest = rest.replace(".processor.", ".")
     is_text = component.startswith("text_encoder")
     if processor := _PROCESSOR.search(rest):
         letter, added, side, alpha = processor.groups()
@@ -128,8 +141,10 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         flat = json.loads(metadata[SETTINGS_KEY])
         nested: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
-            component, _, name = key.partition(".")
-            nested.setdefault(component, {})[name] = value
-        return nested
+            component, dot, name = key.partition(".")
+            nested.setdefault(component if dot else "", {})[name if dot else key] = value
     except (json.JSONDecodeError, AttributeError) as error:
         raise FormatError(f"the header's {SETTINGS_KEY} is no JSON object") from error
+    for config in nested.values():
+        peft.refuse_unheld(config)
+    return nested

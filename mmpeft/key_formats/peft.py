@@ -79,9 +79,7 @@ def read(
     Raises:
         FormatError: another method, a setting that the tensors do not hold, or keys that are none of the method's.
     """
-    for name, (harmless, meaning) in _REFUSED.items():
-        if config.get(name, harmless) not in (harmless, None, [], {}):
-            raise FormatError(f"this PEFT adapter cannot be read: {meaning} ({name} = {config[name]!r})")
+    refuse_unheld(config)
     kind = str(config.get("peft_type"))
     if kind == "LORA":
         return _read_lora(tensors, config, bias_of)
@@ -94,6 +92,17 @@ def read(
         found = peft_methods.peft_layer_from(kind, config, name, parts, shape, bias_shape)
         layers |= {f"{name}.{ending}" if ending else name: layer for ending, layer in found.items()}
     return layers
+
+
+def refuse_unheld(config: Mapping[str, Any]) -> None:
+    """Refuse settings whose effect the tensors of layers do not hold.
+
+    Raises:
+        FormatError: naming the first of them.
+    """
+    for name, (harmless, meaning) in _REFUSED.items():
+        if config.get(name, harmless) not in (harmless, None, [], {}):
+            raise FormatError(f"this adapter cannot be read: {meaning} ({name} = {config[name]!r})")
 
 
 def layer_names(keys: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import mmpeft.adapter_file as adapter_file
 from mmpeft.errors import FormatError
 from mmpeft.key_formats import diffusers
 from mmpeft.methods.dora import DoraLayer
@@ -43,6 +44,22 @@ NAMES = {
         f"{UNET}.processor.to_v_lora.down.weight",
         f"{UNET}.processor.to_v_lora.up.weight",
         f"unet.{UNET}.to_v",
+    ),
+    "processor of added keys": (
+        f"unet.{UNET}.processor.add_k_proj_lora.down.weight",
+        f"unet.{UNET}.processor.add_k_proj_lora.up.weight",
+        f"unet.{UNET}.add_k_proj",
+    ),
+    "model alone": (f"{UNET}.to_q.lora_A.weight", f"{UNET}.to_q.lora_B.weight", f"unet.{UNET}.to_q"),
+    "transformer alone": (
+        "transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer_blocks.0.attn.to_q.lora_B.weight",
+        "transformer.transformer_blocks.0.attn.to_q",
+    ),
+    "convolution": (
+        "unet.up_blocks.0.resnets.0.conv1.lora.down.weight",
+        "unet.up_blocks.0.resnets.0.conv1.lora.up.weight",
+        "unet.up_blocks.0.resnets.0.conv1",
     ),
     "old text encoder": (
         f"text_encoder.{TEXT}.to_out_lora.down.weight",
@@ -88,6 +105,74 @@ def test_our_reading_is_what_diffusers_computes(kind, tiny_sd_folder, tmp_path):
     pipe.fuse_lora()
     ours = diffusers.read({down: A, up: B}, {})[layer].dense()
     torch.testing.assert_close(target.weight - before, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("form", ["metadata", "old names", "mixed old names", "model alone"])
+def test_what_diffusers_saves_is_read_with_the_same_effect(
+    form, base, open_sd, open_sdxl, add_peft_lora, tmp_path
+):
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    pipe = open_sdxl() if base == "sdxl" else open_sd()
+    alpha = (
+        12 if form in ("metadata", "model alone") else 4
+    )  # the others say nothing of alpha, which is the rank then
+    changes = add_peft_lora(pipe, lora_alpha=alpha)
+    components = [c for c in ("unet", "text_encoder", "text_encoder_2") if getattr(pipe, c, None) is not None]
+    if form == "model alone":
+        pipe.unet.save_lora_adapter(tmp_path)
+        changes = {name: change for name, change in changes.items() if name.startswith("unet.")}
+    else:
+        states = {c: get_peft_model_state_dict(getattr(pipe, c), adapter_name="default") for c in components}
+        settings = (
+            _collate_lora_metadata({c: getattr(pipe, c) for c in components}) if form == "metadata" else {}
+        )
+        if form != "metadata":
+            states = {c: convert_state_dict_to_diffusers(state) for c, state in states.items()}
+        layers = {f"{c}_lora_layers": state for c, state in states.items()}
+        type(pipe).save_lora_weights(tmp_path, **layers, **settings)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    if (
+        form == "mixed old names"
+    ):  # as diffusers 0.18 wrote attention layers, beside what it wrote of the others
+        old = {}
+        for key, tensor in load_file(file).items():
+            for new, ancient in (
+                (".to_out.0.lora.", ".processor.to_out_lora."),
+                ("_proj.lora_linear_layer.", "_lora."),
+            ):
+                key = key.replace(new, ancient)
+            for letter in "qkv":
+                key = key.replace(f".to_{letter}.lora.", f".processor.to_{letter}_lora.")
+                key = key.replace(f".self_attn.{letter}_lora.", f".self_attn.to_{letter}_lora.")
+            old[key.replace(".self_attn.out_lora.", ".self_attn.to_out_lora.")] = tensor
+        save_file(old, file)
+    for given in (None, pipe):
+        adapter = adapter_file.load(file, base=given)
+        assert set(adapter) == set(changes)
+        for name, change in changes.items():
+            torch.testing.assert_close(adapter[name].dense(), change, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_in_lora_b_is_a_change_of_its_own():
+    tensors = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, "unet.a.lora_B.bias": torch.ones(4)}
+    settings = {"unet.r": 2, "unet.lora_alpha": 6, "unet.lora_bias": True}
+    layers = diffusers.read(tensors, {"lora_adapter_metadata": json.dumps(settings)})
+    torch.testing.assert_close(layers["unet.a.bias"].dense(), 3 * torch.ones(4))
+    with pytest.raises(FormatError, match="sees pooled inputs"):
+        diffusers.read(tensors, {"lora_adapter_metadata": json.dumps({**settings, "unet.use_qalora": True})})
+
+
+@pytest.mark.parametrize("ending", [".alpha", ".lora.alpha", ".lora_linear_layer.alpha", ".to_q_lora.alpha"])
+def test_an_alpha_counts_under_every_name(ending):
+    layer = f"unet.{UNET}.to_q"
+    key = f"unet.{UNET}.processor{ending}" if "to_q" in ending else layer + ending
+    tensors = {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B, key: torch.tensor(7.0)}
+    assert diffusers.read(tensors, {})[layer].alpha == 7.0
 
 
 def test_settings_in_the_header_count():
