@@ -26,7 +26,7 @@ from mmpeft.composition import lineage
 from mmpeft.composition.parents import Parents
 from mmpeft.composition.report import CompositionReport, Errors, loss_sentence
 from mmpeft.composition.strategy import Strategy
-from mmpeft.delta import Delta, LowRank, add, decompose, truncate
+from mmpeft.delta import Delta, LowRank, decompose, inner, truncate
 from mmpeft.errors import AdapterError, ConfigError, MethodError
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.lora import LoraLayer
@@ -192,7 +192,8 @@ def _truncated(
         kept = strategy(deltas, layer, seed)
         if strategy.left_to_truncate:
             kept, _ = truncate(kept, **strategy.left_to_truncate)
-        error = add([given, kept.scaled(-1.0)]).norm() / norm
+        apart = norm**2 - 2 * inner(given, kept) + kept.norm() ** 2
+        error = max(apart, 0.0) ** 0.5 / norm
         singular = low_rank.relative_errors(decompose(given, 1)[1])
         at = None if rank is None else {each: float(singular[each:][:1].sum()) for each in _looked_at(rank)}
         return kept, error, at
