@@ -272,8 +272,16 @@ def check_fits(adapter: Adapter, modules: Mapping[str, nn.Module], title: str) -
         base = ", ".join(f"{name} ({type(module).__name__})" for name, module in sorted(modules.items()))
         raise BaseMismatch(
             f"{title}{trained_on} does not fit this base, {base}: {matched} of {len(adapter)} layers match; {wrong[0]}"
+            f"{_by_component(adapter, found)}"
         )
     return found
+
+
+def _by_component(adapter: Adapter, found: Mapping[str, Mapping[str, str]]) -> str:
+    if len(found) == 1:
+        return ""
+    counts = [f"{name} {len(layers)} of {len(adapter.component(name))}" for name, layers in found.items()]
+    return f" ({', '.join(counts)})"
 
 
 def _places(component: str, model: nn.Module) -> dict[str, tuple[str, str]]:

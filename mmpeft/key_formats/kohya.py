@@ -211,6 +211,10 @@ def _names(
             names[stem] = f"{_title(stem)}.{_prefix_of(stem)[1]}"
         else:
             unknown.append(stem)
+    if unknown and any(_FUSED_NAMES.search(stem) for stem in unknown):
+        raise FormatError(
+            f"{unknown[0]!r} is a name of Flux's or Stable Diffusion 3's own code, which fuses layers and is not read"
+        )
     if unknown and shapes is None:
         raise FormatError(
             f"{_counted(names, unknown)} can be read without the base; nothing tells where the dots were in "
@@ -305,8 +309,6 @@ def _reason(unknown: list[str], names: Mapping[str, str], shapes: Shapes) -> str
     """Guess why names are not those of a base."""
     components = {name.split(".", 1)[0] for name in shapes}
     missing = {_title(stem) for stem in unknown} - components - {"lycoris"}
-    if any(_FUSED_NAMES.search(stem) for stem in unknown):
-        return "these are names of Flux's or Stable Diffusion 3's own code, which are not read"
     if any(stem.startswith("lora_te2_") for stem in unknown) and "text_encoder_2" in missing:
         return (
             "the file is for a base with two text encoders, as SDXL has, and this one has no text_encoder_2"

@@ -254,7 +254,6 @@ def test_names_that_the_base_does_not_have_are_counted(open_sd, tmp_path):
             "text_encoder_2 0 of 1, unet 2 of 3 names are layers of this base; not 'lora_te2_text_projection', 'lora_",
         ),
         (strange, "SDXL has, and this one has no text_encoder_2"),
-        (pair("lora_unet_double_blocks_0_img_attn_qkv"), "unet 0 of 1 .* Flux's"),
         (pair("lora_unet_down_blocks_7_attentions_0_proj_in"), "belongs to another kind of base"),
         (good | pair("lora_te3_shared"), "the base that was given has no text_encoder_3"),
         (good | pair("lora_unet_down_blocks_7_conv"), "of another size"),
@@ -293,6 +292,14 @@ def test_unknown_names_ask_for_the_base_and_keys_of_others_are_refused():
         kohya.read(pair("lora_unet_conv_in") | pair("lora_unet_input_blocks_0_0"), {})
     with pytest.raises(FormatError, match="can be read without the base"):
         kohya.read(pair("lora_unet_" + "conv_in_" * 10_000), {})
+
+
+def test_names_of_code_that_fuses_layers_are_told():
+    for shapes_of_base in (None, {"transformer.a": (4, 3)}):
+        with pytest.raises(
+            FormatError, match=r"'lora_unet_double_blocks_0_img_attn_qkv' is a name of Flux's"
+        ):
+            kohya.read(pair("lora_unet_double_blocks_0_img_attn_qkv"), {}, shapes_of_base)
 
 
 def test_a_missing_alpha_is_the_rank_and_half_precision_stays():
