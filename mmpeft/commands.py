@@ -219,7 +219,7 @@ def bake(base: str, adapters: tuple[str, ...], /, *, out: Path, strict_base: boo
     """
     from mmpeft.baking import bake as run
 
-    print(run(base, [path_and_weight(text) for text in adapters], out, strict_base=strict_base).text())
+    print(run(base, [path_and_blocks(text) for text in adapters], out, strict_base=strict_base).text())
 
 
 def convert(
@@ -339,3 +339,19 @@ def path_and_weight(text: str) -> tuple[Path, float]:
         return Path(path), float(weight)
     except ValueError:
         raise ConfigError(f"{text}: the weight after = must be a number; got {weight!r}") from None
+
+
+def path_and_blocks(text: str) -> tuple[Path, float | dict[str, Any]]:
+    """Read path=weight, a path alone, or path={"unet": {"down": 0.2}, ...} with factors by component or block.
+
+    Raises:
+        ConfigError: the weight is neither.
+    """
+    path, brace, rest = text.partition("={")
+    if not brace:
+        return path_and_weight(text)
+    try:
+        blocks: dict[str, Any] = json.loads("{" + rest)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{text}: the weights after = are no JSON: {error}") from None
+    return Path(path), blocks

@@ -16,6 +16,7 @@ import torch
 from mmpeft import adapter_file
 from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
 from mmpeft.backbones.fingerprint import Fingerprint
+from mmpeft.composition.lineage import describe
 from mmpeft.errors import AdapterError
 from mmpeft.injection import shapes
 from mmpeft.key_formats import kohya, peft
@@ -146,7 +147,7 @@ class AdapterReport:
             "steps": card.steps,
             "seed": card.seed,
             "data": card.data_digest,
-            "fused from": ", ".join(str(parent.get("base", parent)) for parent in card.parents),
+            "composed from": "; ".join(f"{p.get('weight')} of {describe(p)}" for p in card.parents),
             "figures": ", ".join(f"{name} {_short(value)}" for name, value in card.metrics.items()),
             **{key: self.metadata.get(key) for key in _SHOWN_METADATA},
             "more in the header": ", ".join(sorted(self.metadata.keys() - set(_SHOWN_METADATA))),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import Field, create_model
 
-from mmpeft.commands import path_and_weight
+from mmpeft.commands import path_and_blocks
 from mmpeft.config import Settings
 from mmpeft.errors import ConfigError
 
@@ -60,7 +60,8 @@ def _compose(
     Parameters
     ----------
     adapters:
-        Folders or files, each with its weight if it is not 1: runs/ink/adapter=0.8 runs/cat/adapter=0.6.
+        Folders or files, each with its weight if it is not 1: runs/ink/adapter=0.8, or by component or block:
+        'runs/cat/adapter={"unet": {"down": 0.2, "up": 0.9}}'.
     out:
         The new adapter's folder.
     strategy:
@@ -83,7 +84,7 @@ def _compose(
     # the report says it
     warnings.simplefilter("ignore", DifferentBasesWarning)
     settings = flags.model_dump(exclude_unset=True) if flags else {}
-    pairs = [path_and_weight(text) for text in adapters]
+    pairs = [path_and_blocks(text) for text in adapters]
     if like is None:
         adapter, report = compose(
             pairs, strategy or "sum", rank=rank, error=error, seed=seed or 0, base=_base(base), **settings

@@ -56,6 +56,22 @@ def test_compose_writes_what_the_function_gives_and_prints_the_report(run, folde
     assert mmpeft.load_adapter(tmp_path / "merged").digest == merged.digest
 
 
+def test_weights_by_block_are_given_as_json(run, folders, tmp_path):
+    ink, cat = folders
+    blocks = {"unet": {"mid": 0.2, "up": 0.9}}
+    code, _, err = run("compose", f"{ink}={json.dumps(blocks)}", f"{cat}=0.5", "--out", tmp_path / "merged")
+    assert (code, err) == (0, "")
+    merged, _ = mmpeft.compose([(ink, blocks), (cat, 0.5)])
+    assert mmpeft.load_adapter(tmp_path / "merged").digest == merged.digest
+
+
+def test_inspect_tells_the_parents_of_a_composition(run, folders, tmp_path):
+    ink, cat = folders
+    run("compose", f"{ink}=0.8", f"{cat}=0.6", "--out", tmp_path / "merged")
+    digest = mmpeft.load_adapter(ink).digest
+    assert f"composed from: 0.8 of {digest} (lora); 0.6 of " in run("inspect", tmp_path / "merged")[1]
+
+
 def test_a_composition_is_replayed_with_one_command(run, folders, tmp_path):
     ink, cat = folders
     first, again = tmp_path / "merged", tmp_path / "again"
@@ -116,6 +132,7 @@ def test_compare_prints_the_distance_or_json(run, folders):
         (["compose", "{ink}", "--strategy", "ties", "--densty", "1", "--out", "x"], "Did you mean --density"),
         (["compose", "{ink}", "--strategy", "ties", "--density", "7", "--out", "x"], "density"),
         (["compose", "{ink}=much", "--out", "x"], "the weight after = must be a number; got 'much'"),
+        (["compose", "{ink}={{unet: 1}}", "--out", "x"], "the weights after = are no JSON"),
         (["compose", "{ink}", "--rank", "0", "--out", "x"], "rank: must be a whole number of at least 1; got 0"),
         (["compose", "/no/adapter=1", "--out", "x"], "there is no adapter at /no/adapter"),
         (["compose", "--out", "x"], "adapters"),
