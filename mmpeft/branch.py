@@ -166,7 +166,7 @@ class Branch(ABC):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Add what the mix changes: the forward hook."""
-        if self.is_silent or not (self.is_active or self._is_static):
+        if self.is_silent or not (self._is_static or self.is_active):
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         self._pack(x)
@@ -240,19 +240,11 @@ class LayerBranch(Branch):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the input for the hook, where it is cheaper to run the changed weight: the forward pre-hook."""
-        if (
-            not self.is_active
-            or self.is_silent
-            or self.conditions is not None
-            or torch.compiler.is_compiling()
-        ):
+        if torch.compiler.is_compiling() or self.is_silent or not self.is_active:
             return None
-        if (
-            kwargs
-            or len(args) != 1
-            or not self._can_change(args[0])
-            or not self._is_changing_cheaper(args[0])
-        ):
+        if self.conditions is not None or kwargs or len(args) != 1:
+            return None
+        if not self._can_change(args[0]) or not self._is_changing_cheaper(args[0]):
             return None
         self._held[threading.get_ident()] = args[0]
         return (args[0][:0],), kwargs
