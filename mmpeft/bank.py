@@ -363,7 +363,9 @@ class AdapterBank:
             self._places[f"{component}.{disk}"] = self._branches[owner], part
 
     def _understand(self, mix: Mapping[str, Any] | Mix | None, weights: Mapping[str, Any]) -> Mix:
-        named = mix.weights if isinstance(mix, Mix) else mix or {}
+        named = mix.weights if isinstance(mix, Mix) else {} if mix is None else mix
+        if not isinstance(named, Mapping):
+            raise BankError(f"a mix is adapter names with their weights; got {mix!r}")
         for name in {**named, **weights}:
             self._known(name)
         try:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -172,6 +173,26 @@ def test_a_bank_pickles_and_copies_with_what_varies(unet_and_bank):
     copied = copy.deepcopy(unet)
     bank.mix({})
     torch.testing.assert_close(predict(copied), expected, **CLOSE)
+
+
+def test_regions_are_run_where_the_weights_are_offloaded(open_base):
+    unet = open_base().unet
+    bank = mmpeft.attach(unet)
+    bank.load(adapter_of(lora, unet), "a")
+    bank.mix(a=Weight(mask=LEFT, schedule=Schedule.window(0, 0.9)))
+    expected = predict(unet)
+    cpu_offload(unet, execution_device=torch.device("cpu"))
+    assert unet.conv_in.weight.is_meta
+    torch.testing.assert_close(predict(unet), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("mix", ["a", ["a"], 0.5])
+def test_what_is_no_mix_is_refused(mix, unet_and_bank):
+    _, bank = unet_and_bank
+    bank.mix(a=0.5)
+    with pytest.raises(BankError, match="a mix is adapter names with their weights; got"):
+        bank.mix(mix)
+    assert bank.weights == {"a": 0.5, "b": 0.0}
 
 
 @pytest.mark.slow
