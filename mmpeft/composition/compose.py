@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,8 @@ def replay(
 ) -> tuple[Adapter, CompositionReport]:
     """Compose again as a composed adapter was: its card tells strategy, settings, weights and parents.
 
+    The same versions give the same bytes; the report says where the result is another.
+
     Args:
         like: the composed adapter.
         adapters: its parents in any order; they are known by their digests.
@@ -136,7 +138,14 @@ def replay(
             raise AdapterError(f"{name} is no parent of {title}; leave it out")
     pairs = [(by_digest[str(p["digest"])], lineage.weight_of(p["weight"])) for p in model.card.parents]
     common = {key: recipe[key] for key in ("strategy", "rank", "error", "seed")}
-    return compose(pairs, **common, base=base, **recipe["settings"])
+    adapter, report = compose(pairs, **common, base=base, **recipe["settings"])
+    if adapter.digest != model.digest:
+        made = ", ".join(f"{name} {number}" for name, number in model.card.versions.items())
+        sentence = (
+            f"the result is not byte for byte {title}, which was made with {made or 'versions unknown'}"
+        )
+        report = replace(report, warnings=(*report.warnings, sentence))
+    return adapter, report
 
 
 @dataclass(frozen=True)

@@ -378,6 +378,15 @@ def test_a_composition_is_made_again_byte_for_byte_from_its_parents_in_any_order
             assert (other / file.relative_to(folder)).read_bytes() == file.read_bytes()
 
 
+def test_replay_says_where_its_result_is_another():
+    a, b = make(1), make(2)
+    merged, _ = mmpeft.compose([(a, 0.8), (b, 0.6)])
+    assert replay(merged, [a, b])[1].warnings == ()
+    tampered = Adapter(make(9), merged.card)
+    (sentence,) = replay(tampered, [a, b])[1].warnings
+    assert sentence.startswith("the result is not byte for byte this adapter, which was made with mmpeft ")
+
+
 def test_replay_names_the_parents_that_are_missing_and_refuses_strangers():
     a, b, stranger = make(1, card=AdapterCard(trigger="ink style")), make(2), make(3)
     merged, _ = mmpeft.compose([(a, 0.8), (b, 0.6)])
