@@ -208,7 +208,7 @@ def read_layers(
         if "kohya's" in found:
             return kohya.read(tensors, metadata, there, keep_unknown=keep_unknown)
         if "diffusers'" in found:
-            return diffusers.read(tensors, metadata)
+            return diffusers.read(tensors, metadata, there)
         raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
     except (FormatError, BaseMismatch) as error:
         raise type(error)(f"{file.name}: {error}") from error

@@ -146,7 +146,7 @@ BROKEN = {
     "unknown key": (
         saved({**PAIR, "unet.a.hada_w1_a": A}),
         FormatError,
-        "'unet.a.hada_w1_a' is no key of a LoRA",
+        "unet.a has hada_w1_a, and the header does not have the settings",
     ),
     "bias": (saved({**PAIR, "unet.a.lora_B.bias": A}), FormatError, r"unet.a has a bias \(2, 3\) in lora_B"),
     "two tools mixed": (

@@ -3,7 +3,8 @@
 The header key `lora_adapter_metadata` is a JSON object of LoraConfig fields with the component in front ("unet.r").
 Without it diffusers takes alpha = rank. Older names that are read: `lora.down`/`lora.up` and `lora_linear_layer.*`
 (down is A), and attention processors' `processor.to_q_lora.*`, which in text encoders stand for `q_proj`. What a model
-saves by itself (`save_lora_adapter`, `save_attn_procs`) has no component in front, in names and settings alike.
+saves by itself (`save_lora_adapter`, `save_attn_procs`) has no component in front, in names and settings alike. PEFT's
+other methods are saved so as well, though diffusers does not load them again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from mmpeft.adapter import LayerAdapter
 from mmpeft.errors import FormatError
 from mmpeft.injection import COMPONENTS
-from mmpeft.key_formats import kohya_names, peft
+from mmpeft.key_formats import kohya_names, peft, peft_methods
 
 SETTINGS_KEY = "lora_adapter_metadata"
 _COMPONENT = re.compile(rf"({'|'.join(sorted(COMPONENTS, reverse=True))})\.")
@@ -31,6 +32,7 @@ _LEGACY_ENDINGS = {
     ".lora_linear_layer.alpha": "alpha",
     ".alpha": "alpha",
 }
+_OTHER_ENDINGS = {f".{ending}": ending for known in peft_methods.ENDINGS.values() for ending in known}
 _PROCESSOR = re.compile(r"\.(?:to_(q|k|v|out)|add_(k|v)_proj)_lora\.(?:(down|up)\.weight|(alpha))$")
 
 
@@ -39,22 +41,27 @@ def is_ours(keys: Iterable[str]) -> bool:
     return any(_split(key) is not None for key in keys)
 
 
-def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, LayerAdapter]:
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, LayerAdapter]:
     """Turn a diffusers file into layer adapters by layer name with the component in front.
 
     Args:
         tensors: the file's tensors.
         metadata: the file's header metadata.
+        shapes: of the base's layers and biases, by name on disk with the component in front, where it is known.
 
     Raises:
-        FormatError: a key that is none of LoRA's or DoRA's, broken settings, or factors that do not fit.
+        FormatError: a key that is none of a known method's, broken settings, or factors that do not fit.
     """
     named: dict[tuple[str, str], dict[str, Tensor]] = {}
     alone = _component_of_bare(tensors)
     for key, tensor in tensors.items():
         split = _split(key, alone)
         if split is None:
-            raise FormatError(f"{key!r} is no key of a LoRA or DoRA layer of diffusers")
+            raise FormatError(f"{key!r} is no key of an adapter's layer in diffusers' files")
         component, layer, part = split
         parts = named.setdefault((component, layer), {})
         if part in parts:
@@ -63,16 +70,36 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
     settings = _settings(metadata)
     layers: dict[str, LayerAdapter] = {}
     for (component, layer), parts in named.items():
-        name = f"{component}.{layer}"
-        own = settings.get("" if alone else component)
-        rank, alpha, rslora = peft.settings_of(own, layer) if own else (None, None, False)
-        if "alpha" in parts:
-            if own:
-                raise FormatError(f"{name} states its alpha twice, as a tensor and in the header")
-            alpha = float(parts["alpha"])
-        for ending, built in peft.layers_from(name, parts, rank, alpha, rslora).items():
-            layers[f"{name}.{ending}" if ending else name] = built
+        own = settings.get("" if alone else component, {})
+        for ending, built in _layers_from(component, layer, parts, own, shapes or {}).items():
+            layers[f"{component}.{layer}.{ending}" if ending else f"{component}.{layer}"] = built
     return layers
+
+
+def _layers_from(
+    component: str,
+    layer: str,
+    parts: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, LayerAdapter]:
+    """Build one layer's adapters, "" the weight's and "bias" the bias's, by its component's settings."""
+    name, kind = f"{component}.{layer}", settings.get("peft_type", "LORA")
+    if kind in peft_methods.ENDINGS:
+        # their patterns are about live names
+        live = peft.live_of(layer) if component.startswith("text_encoder") else layer
+        shape, bias_shape = shapes.get(name), shapes.get(f"{name}.bias")
+        return peft_methods.peft_layer_from(kind, settings, live, parts, shape, bias_shape)
+    if others := sorted(parts.keys() & set(_OTHER_ENDINGS.values())):
+        raise FormatError(
+            f"{name} has {others[0]}, and the header does not have the settings that tell its strength"
+        )
+    rank, alpha, rslora = peft.settings_of(settings, layer) if settings else (None, None, False)
+    if "alpha" in parts:
+        if settings:
+            raise FormatError(f"{name} states its alpha twice, as a tensor and in the header")
+        alpha = float(parts["alpha"])
+    return peft.layers_from(name, parts, rank, alpha, rslora)
 
 
 def write(components: Mapping[str, Mapping[str, LayerAdapter]]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,7 +151,7 @@ def _split(key: str, alone: str | None = None) -> tuple[str, str, str] | None:
         layer = f"{rest[: processor.start()]}.{leaf}"
         part = alpha or ("lora_A" if side == "down" else "lora_B")
     else:
-        endings = {**peft.ENDINGS, **_LEGACY_ENDINGS}
+        endings = {**peft.ENDINGS, **_LEGACY_ENDINGS, **_OTHER_ENDINGS}
         ending = next((ending for ending in endings if rest.endswith(ending)), None)
         if ending is None:
             return None

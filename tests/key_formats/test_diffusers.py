@@ -158,6 +158,43 @@ def test_what_diffusers_saves_is_read_with_the_same_effect(
             torch.testing.assert_close(adapter[name].dense(), change, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["pipeline", "model alone"])
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "OFT", "IA3"])
+def test_other_methods_that_diffusers_saves_and_does_not_load_are_read(kind, form, open_sd, tmp_path):
+    import peft as library
+    from diffusers.training_utils import _collate_lora_metadata
+
+    pipe = open_sd()
+    settings = {
+        "OFT": {"oft_block_size": 4, "use_cayley_neumann": False},
+        "IA3": {"feedforward_modules": []},
+    }.get(kind, {"r": 2, "alpha": 3})
+    pipe.unet.add_adapter(getattr(library, f"{kind}Config")(target_modules=["to_q", "to_out.0"], **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    if form == "model alone":
+        pipe.unet.save_lora_adapter(tmp_path)
+    else:
+        state = library.get_peft_model_state_dict(pipe.unet, adapter_name="default")
+        type(pipe).save_lora_weights(
+            tmp_path, unet_lora_layers=state, **_collate_lora_metadata({"unet": pipe.unet})
+        )
+    base = open_sd()
+    adapter = adapter_file.load(tmp_path / "pytorch_lora_weights.safetensors", base=base)
+    for name, layer in adapter.items():
+        if name.endswith(".bias"):
+            continue
+        adapted = pipe.unet.get_submodule(name.removeprefix("unet."))
+        plain = base.unet.get_submodule(name.removeprefix("unet."))
+        x = torch.randn(5, plain.in_features, generator=generator)
+        bias = adapter[f"{name}.bias"].dense() if f"{name}.bias" in adapter else 0
+        change = x @ layer.dense().T + bias
+        torch.testing.assert_close(plain(x) + change, adapted(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_bias_in_lora_b_is_a_change_of_its_own():
     tensors = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, "unet.a.lora_B.bias": torch.ones(4)}
     settings = {"unet.r": 2, "unet.lora_alpha": 6, "unet.lora_bias": True}
