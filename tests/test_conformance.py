@@ -28,8 +28,8 @@ STRATEGIES = plugins.names("strategy")
 TRAINED = plugins.names("method")
 RANK = 2
 # Relative to the result: float32, in the factors on one side and entry by entry on the other; a solver stops when it is
-# near.
-NEAR = {"zip": 5e-3}
+# near (8e-4 at most was seen).
+NEAR = {"zip": 2e-3}
 
 
 # layer adapters of each method, filled with random numbers
