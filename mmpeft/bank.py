@@ -483,14 +483,18 @@ class AdapterBank:
 
     def _refuse_banks(self) -> None:
         """Refuse a second bank; take off what a copied or unpickled model carries of a bank that it came without."""
-        for root in self._modules.values():
-            for module in root.modules():
-                for hook in list(module._forward_hooks.values()):
-                    if not isinstance(hook, Branch):
-                        continue
-                    if hook.bank is not None and hook.bank() is not None:
-                        raise BankError(f"this {self._title} has a bank already; use it, or detach it first")
-                    hook.detach()
+        hooks = [
+            getattr(hook, "func", hook)
+            for root in self._modules.values()
+            for module in root.modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        ]
+        branches = [hook for hook in hooks if isinstance(hook, Branch)]
+        if any(branch.bank is not None and branch.bank() is not None for branch in branches):
+            raise BankError(f"this {self._title} has a bank already; use it, or detach it first")
+        for owner in (*branches, *(getattr(hook, "__self__", None) for hook in hooks)):
+            if isinstance(owner, Branch | Conditions):
+                owner.detach()
 
 
 def _origin(model: Any) -> str:

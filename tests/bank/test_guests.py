@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import mmpeft
+from mmpeft.adapter import Adapter
 from mmpeft.errors import BankError
+from mmpeft.methods.dora import DoraLayer
 from mmpeft.verification import predict
 
 PROMPTS = ["a red cat", "a dog in ink"]
@@ -48,25 +50,6 @@ def test_a_pipelines_own_adapters_that_cannot_share_a_layer_are_refused(open_bas
         mmpeft.attach(dora)
 
 
-def test_offloaded_models_mix_live_and_refuse_to_fuse(open_base, adapters):
-    from accelerate import cpu_offload
-
-    plain, pipe = open_base(), open_base()
-    banks = [mmpeft.attach(plain), mmpeft.attach(pipe)]
-    cpu_offload(pipe.unet, torch.device("cpu"))
-    for bank in banks:
-        bank.load(adapters["lora"], "a")
-        bank.mix(a=1.0)
-    assert pipe.unet.conv_in.weight.is_meta
-    step = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(pipe.unet(*step).sample, plain.unet(*step).sample, **CLOSE)
-    with pytest.raises(BankError, match=r"is quantised or offloaded; mix live instead"):
-        banks[1].fuse()
-    with pytest.raises(BankError, match=r"dora needs the weight of .* which is quantised or offloaded"):
-        banks[1].load(adapters["dora"], "b")
-
-
 def test_a_pickled_or_copied_model_keeps_its_mix(bank_and_pipe):
     bank, pipe = bank_and_pipe
     bank.mix(lora=1.0)
@@ -105,3 +88,104 @@ def test_detach_leaves_the_model_as_it_was_found(open_base, adapters):
     assert bank.weights_digest() == before
     assert not any(module._forward_hooks for module in pipe.unet.modules())
     mmpeft.attach(pipe).detach()
+
+
+def test_a_copied_model_can_be_given_a_bank_of_its_own(bank_and_pipe, adapters, open_base):
+    bank, pipe = bank_and_pipe
+    bank.mix(lora=1.0)
+    before = predict(pipe, PROMPTS)
+    twin = copy.deepcopy(pipe)
+    other = mmpeft.attach(twin)
+    assert torch.equal(predict(twin, PROMPTS), predict(open_base(), PROMPTS))
+    other.load(adapters["lora"], "x")
+    other.mix(x=1.0)
+    torch.testing.assert_close(predict(twin, PROMPTS), before, **CLOSE)
+    other.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.unet.modules())
+    torch.testing.assert_close(predict(pipe, PROMPTS), before, **CLOSE)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_bank_that_is_copied_with_its_model_goes_on(copied, bank_and_pipe):
+    bank, pipe = bank_and_pipe
+    step = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 16, 16)
+    bank.mix(lora=1.0)
+    twin_bank, twin = copied((bank, pipe.unet))
+    with pytest.raises(BankError, match=r"has a bank already"):
+        mmpeft.attach(twin)
+    twin_bank.unload("rslora")
+    assert twin_bank.weights == {"lora": 1.0, "dora": 0.0}
+    with torch.no_grad():
+        bank.mix(dora=0.5)
+        expected = pipe.unet(*step).sample
+        bank.mix()
+        twin_bank.mix(dora=0.5)
+        torch.testing.assert_close(twin(*step).sample, expected, **CLOSE)
+
+
+def test_adapters_that_peft_loads_later_and_cannot_share_are_refused_at_the_next_load(
+    bank_and_pipe, adapters, tmp_path
+):
+    bank, pipe = bank_and_pipe
+    pipe.load_lora_weights(str(adapters["dora"].save(tmp_path / "b")))
+    with pytest.raises(BankError, match=r"no plain LoRA; unload it there first"):
+        bank.load(adapters["lora"], "again")
+    bank.mix(lora=1.0)
+    with pytest.raises(BankError, match=r"no plain LoRA; unload it there first"):
+        bank.fuse()
+    pipe.unload_lora_weights()
+    bank.load(adapters["lora"], "again")
+    bank.fuse()
+
+
+def test_a_merge_of_peft_while_fused_is_noticed(bank_and_pipe, adapters, tmp_path):
+    bank, pipe = bank_and_pipe
+    before = bank.weights_digest()
+    pipe.load_lora_weights(str(adapters["rslora"].save(tmp_path / "a")))
+    bank.mix(lora=1.0)
+    bank.fuse()
+    pipe.fuse_lora()
+    with pytest.raises(
+        BankError, match=r"was changed while the mix was fused \(by training, another adapter's merge"
+    ):
+        bank.unfuse()
+    bank.unfuse(lose_edits=True)
+    pipe.unload_lora_weights()
+    assert bank.weights_digest() != before  # conv_in, which only the other has changed
+
+
+def test_quantised_layers_mix_live():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
+    model = torch.nn.Sequential(
+        bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False),
+        bitsandbytes.nn.Linear4bit(32, 64, compute_dtype=torch.float32, quant_type="nf4"),
+    )
+    model.load_state_dict(plain.state_dict())
+    model.to("cpu")
+    bank = mmpeft.attach(model)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        base = model(x)
+        weights = [bank._branches[f"language_model.{i}"].read("weight") for i in range(2)]
+        for weight, layer, kept in zip(weights, plain, (0.01, 0.12), strict=True):  # 8 bits, 4 bits
+            assert (weight - layer.weight).norm() < kept * layer.weight.norm()
+        draw = torch.Generator().manual_seed(1)
+        layers = {}
+        for i, (out, inputs) in enumerate(weight.shape for weight in weights):
+            A, B = torch.randn(2, inputs, generator=draw), 0.1 * torch.randn(out, 2, generator=draw)
+            magnitude = torch.rand(out, generator=draw) + 0.5
+            layers[f"language_model.{i}"] = DoraLayer(A, B, 2.0, lora_magnitude_vector=magnitude)
+        bank.load(Adapter(layers), "a")
+        bank.mix(a=0.7)
+        expected = x
+        for weight, layer, bias in zip(weights, layers.values(), (plain[0].bias, plain[1].bias), strict=True):
+            expected = torch.nn.functional.linear(expected, weight + 0.7 * layer.dense(weight), bias)
+        assert (model(x) - expected).norm() < 0.02 * (expected - base).norm()
+        with pytest.raises(
+            BankError, match=r"cannot fuse: the weight of language_model\.0 is quantised or offloaded"
+        ):
+            bank.fuse()
+        bank.mix()
+        assert torch.equal(model(x), base)

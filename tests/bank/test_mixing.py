@@ -1,4 +1,6 @@
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -6,9 +8,10 @@ import torch
 import mmpeft
 from mmpeft.adapter import Adapter, AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
-from mmpeft.errors import BankError, BaseMismatch
+from mmpeft.errors import BankError, BaseMismatch, ConfigError
 from mmpeft.injection import live_layers
 from mmpeft.methods.lora import LoraLayer
+from mmpeft.mix import Mix, Weight
 from mmpeft.verification import predict
 
 PROMPTS = ["a red cat", "a dog in ink"]
@@ -175,3 +178,91 @@ def test_the_base_is_judged_by_its_fingerprint(open_base, adapters, recwarn):
     )
     with pytest.raises(BaseMismatch, match=r"one predicts epsilon, the other v"):
         bank.load(epsilon, "b")
+
+
+def test_weights_may_differ_by_component_and_block(bank_and_pipe, open_base):
+    bank, pipe = bank_and_pipe
+    up = {"block_0": 1.0, "block_1": 0.25}
+    weight = {"unet": {"down": 0.5, "mid": 0.0, "up": up}, "text_encoder": 0}
+    bank.mix(lora=weight)
+    assert bank.weights["lora"] == Weight.of(weight)
+    assert bank.weights["dora"] == 0.0
+    changed = open_base()
+    factors = {"down_blocks": 0.5, "mid_block": 0.0, "up_blocks.0": 1.0, "up_blocks.1": 0.25}
+    with torch.no_grad():
+        for disk, layer in bank.adapters["lora"].component("unet").items():
+            factor = next(f for start, f in factors.items() if disk.startswith(start))
+            changed.unet.get_submodule(disk).weight += factor * layer.dense()
+    expected = predict(changed, PROMPTS)
+    torch.testing.assert_close(predict(pipe, PROMPTS), expected, **CLOSE)
+    bank.fuse()
+    torch.testing.assert_close(predict(pipe, PROMPTS), expected, **CLOSE)
+
+
+def test_a_mix_is_a_value(bank_and_pipe):
+    bank, pipe = bank_and_pipe
+    mix = Mix.of(lora=0.5, dora={"unet": 0.2})
+    bank.mix(mix)
+    expected = predict(pipe, PROMPTS)
+    bank.mix()
+    bank.mix({"lora": Weight(0.5), "dora": {"unet": 0.2}})
+    assert torch.equal(predict(pipe, PROMPTS), expected)
+    before = bank.weights
+    for wrong, words in (
+        ({"lora": {"unet": {"sideways": 1.0}}}, r"the weight of 'lora': .*'unet.sideways' is no component"),
+        (
+            {"lora": {"vae": 1.0}},
+            r"the weight of 'lora': weights per block: 'vae' is no component, block or layer",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            bank.mix(wrong)
+    assert bank.weights == before
+
+
+def test_threads_with_different_mixes_each_get_their_own_picture(bank_and_pipe):
+    bank, pipe = bank_and_pipe
+    mixes = [{"lora": 1.0}, {"rslora": -0.7, "dora": 1.0}, {}]
+    expected = []
+    for mix in mixes:
+        bank.mix(mix)
+        expected.append(predict(pipe, PROMPTS))
+    bank.mix(rslora=0.3)
+    start = threading.Barrier(len(mixes))
+
+    def draw(number):
+        start.wait()
+        pictures = []
+        for _ in range(3):
+            with bank.using(mixes[number]):
+                pictures.append(predict(pipe, PROMPTS))
+        return pictures
+
+    with ThreadPoolExecutor(len(mixes)) as pool:
+        drawn = list(pool.map(draw, range(len(mixes))))
+    for pictures, alone in zip(drawn, expected, strict=True):
+        assert all(torch.equal(picture, alone) for picture in pictures)
+    assert bank.weights == {"lora": 0.0, "rslora": 0.3, "dora": 0.0}
+
+
+def test_a_block_that_was_interrupted_lets_other_threads_in(bank_and_pipe):
+    bank, _ = bank_and_pipe
+
+    def stop():
+        with bank.using(lora=1.0):
+            raise SystemExit
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit):
+        pool.submit(stop).result()
+    bank.mix(dora=1.0)
+    assert bank.weights["dora"] == 1.0
+
+
+def test_unloading_within_a_block_is_remembered_after_it(bank_and_pipe, open_base):
+    bank, pipe = bank_and_pipe
+    bank.mix(lora=1.0, dora=1.0)
+    with bank.using(rslora=1.0):
+        bank.unload("dora")
+    assert bank.weights == {"lora": 1.0, "rslora": 0.0}
+    bank.unload("lora")
+    assert torch.equal(predict(pipe, PROMPTS), predict(open_base(), PROMPTS))
