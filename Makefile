@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart setup test lint format wheel-check bench bench-adapters pocket clean
+.PHONY: quickstart setup test lint format wheel-check bench bench-adapters bench-fusion pocket clean
 
 quickstart: setup  ## train, mix, fuse and measure two adapters: about five minutes
 	$(BIN)/mmpeft quickstart --out runs/quickstart
@@ -40,6 +40,9 @@ bench: setup  ## one training step at the true size of Stable Diffusion 1.5
 
 bench-adapters: setup  ## train and score two styles and a subject on the embedded base
 	$(BIN)/python benchmarks/adapters.py
+
+bench-fusion: setup  ## composition, live mixing and fusing beside PEFT and diffusers: under six minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fusion.py
 
 pocket: setup  ## rebuild the embedded base from the published image packages: hours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pocket]'
