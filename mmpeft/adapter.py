@@ -193,6 +193,10 @@ class Adapter(Mapping[str, LayerAdapter]):
             hint = near_miss(layer, list(self.layers)) if len(self) else "; the adapter is empty"
             raise AdapterError(f"the adapter has no layer {layer!r}{hint[:200]}") from None
 
+    def get(self, layer: str, default: Any = None) -> Any:
+        """Give a layer's adapter, or the default; the mapping's own would not know our error."""
+        return self._layer_adapters.get(layer, default)
+
     def __contains__(self, layer: object) -> bool:
         return layer in self._layer_adapters
 
