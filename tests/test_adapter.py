@@ -1,6 +1,8 @@
 import pytest
+import torch
 
-from mmpeft.adapter import shapes_agree
+from mmpeft.adapter import Adapter, shapes_agree
+from mmpeft.methods.full import FullLayer
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,11 @@ def test_a_layer_adapters_shape_may_say_less_than_the_weights(ours, weight):
 )
 def test_other_shapes_do_not_agree(ours, weight):
     assert not shapes_agree(ours, weight)
+
+
+def test_get_gives_the_default_for_a_layer_that_is_not_there():
+    layer = FullLayer(torch.ones(2, 3))
+    adapter = Adapter({"unet.conv_in": layer})
+    assert adapter.get("unet.conv_in") is layer
+    assert adapter.get("unet.conv_out") is None
+    assert adapter.get("unet.conv_out", 0) == 0
