@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmpeft.adapter import Adapter as Adapter
-    from mmpeft.adapter import AdapterCard as AdapterCard
-    from mmpeft.adapter_file import load as load_adapter  # noqa: F401
+    from mmpeft.adapter import load_adapter as load_adapter
+    from mmpeft.adapter_card import AdapterCard as AdapterCard
     from mmpeft.baking import BakeReport as BakeReport
     from mmpeft.baking import bake as bake
     from mmpeft.bank import AdapterBank as AdapterBank
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Adapter": "mmpeft.adapter:Adapter",
     "AdapterBank": "mmpeft.bank:AdapterBank",
-    "AdapterCard": "mmpeft.adapter:AdapterCard",
+    "AdapterCard": "mmpeft.adapter_card:AdapterCard",
     "BakeReport": "mmpeft.baking:BakeReport",
     "MmpeftError": "mmpeft.errors:MmpeftError",
     "Recipe": "mmpeft.config:Recipe",
@@ -38,7 +38,7 @@ _PLACES = {
     "compose": "mmpeft.composition.compose:compose",
     "export": "mmpeft.exporting:export",
     "interference": "mmpeft.composition.interference:interference",
-    "load_adapter": "mmpeft.adapter_file:load",
+    "load_adapter": "mmpeft.adapter:load_adapter",
     "plan": "mmpeft.trainers.plan:plan",
     "train": "mmpeft.trainers.training:train",
 }

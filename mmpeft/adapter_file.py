@@ -1,4 +1,4 @@
-"""Adapters to disk and back; the only place that opens an adapter file.
+"""Layer adapters and their card to disk and back; the only place that opens an adapter file.
 
 The native folder loads in plain diffusers (`pipe.load_lora_weights(folder)`) and in plain PEFT:
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter, shapes_agree
-from mmpeft.backbones.pocket import pocket_folder
-from mmpeft.errors import AdapterError, BaseError, BaseMismatch, FormatError, MethodError
-from mmpeft.injection import COMPONENTS, live_layers, shapes, vector_layers
-from mmpeft.key_formats import diffusers, kohya, peft
+from mmpeft.adapter_card import AdapterCard
+from mmpeft.base_modules import vectors_of
+from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
+from mmpeft.injection import COMPONENTS
+from mmpeft.key_formats import diffusers, kohya, peft, peft_names
+from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.model_card import model_card
 from mmpeft.safetensors_file import PICKLES, read_header, read_tensors, serialise
 from mmpeft.whole_writes import write_folder
@@ -59,10 +60,16 @@ _LIKENESSES = {
 }
 
 
-def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None = None) -> Path:
+def save(
+    layers: Mapping[str, LayerAdapter],
+    card: AdapterCard,
+    folder: str | Path,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write the native folder, whole or not at all.
 
     Args:
+        layers: by layer name with the component in front.
         folder: made, or replaced if it holds an adapter already.
         files: further files of the artefact (preview images) by relative name; the model card shows pictures.
 
@@ -71,13 +78,13 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
         MethodError: it has layers that neither diffusers nor LyCORIS has a form for.
     """
     folder, files = Path(folder), dict(files or {})
-    if not len(adapter):
+    if not layers:
         raise AdapterError("the adapter is empty; there is nothing to save")
-    for name, layer in adapter.items():
+    for name, layer in layers.items():
         _check_finite(f"cannot save {name}", layer.tensors)
-    contents = _weights(adapter)
-    contents[CARD] = _json({"format": 1, **asdict(adapter.card)})
-    contents["README.md"] = model_card(adapter, sorted(files), WEIGHTS in contents).encode()
+    contents = _weights(by_component(layers), card.base)
+    contents[CARD] = _json({"format": 1, **asdict(card)})
+    contents["README.md"] = model_card(layers, card, sorted(files), WEIGHTS in contents).encode()
     if taken := sorted(contents.keys() & files.keys()):
         raise AdapterError(f"{taken[0]} is a file of the adapter itself; give yours another name")
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / CARD).is_file())):
@@ -88,13 +95,12 @@ def save(adapter: Adapter, folder: str | Path, files: Mapping[str, bytes] | None
     return folder
 
 
-def _weights(adapter: Adapter) -> dict[str, bytes]:
+def _weights(components: Mapping[str, Mapping[str, LayerAdapter]], base: str) -> dict[str, bytes]:
     """Write the weights as diffusers and PEFT load them, else as LyCORIS does, and as PEFT does where that goes."""
-    components = {component: adapter.component(component) for component in adapter.components}
     peft_folders, reason = {}, None
     try:
         for component, layers in components.items():
-            for name, content in peft_files(component, layers, adapter.card.base).items():
+            for name, content in peft_files(component, layers, base).items():
                 peft_folders[f"peft/{component}/{name}"] = content
     except MethodError as error:
         peft_folders, reason = {}, error
@@ -124,34 +130,27 @@ def peft_files(component: str, layers: Mapping[str, LayerAdapter], base: str) ->
     return {PEFT_WEIGHTS: serialise(tensors, {"format": "pt"}), PEFT_CONFIG: _json(config)}
 
 
-def load(
-    path: str | Path, base: Any = None, *, base_shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> Adapter:
-    """Read an adapter: a native, diffusers or PEFT folder, or a .safetensors file in their, kohya's or LyCORIS's names.
+def read(
+    file: Path,
+    there: Mapping[str, tuple[int, ...]] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> tuple[dict[str, LayerAdapter], AdapterCard]:
+    """Read the layer adapters in a file by layer name, and the card beside it, and check their numbers.
 
     Args:
-        base: a pipeline, its folder, a module, or modules by component name. With it every layer must exist there
-            in the same shape, a PEFT adapter finds its component, any name of kohya's can be read, and layers whose
-            change depends on the base's weight know it; without it names are taken as they are.
-        base_shapes: where the base is known by its files alone: what it has, by name on disk with the component. Names
-            are read as with `base`; whether the adapter fits is left to the caller.
+        file: as `weights_file` finds it.
+        there, modules: as `read_layers` takes them.
 
     Raises:
-        AdapterError: there is no such file, or it is a pickle.
-        FormatError: it is broken, or a key in it is unknown; the sentence names the key and the likely reason.
-        BaseMismatch: it does not fit `base`.
+        AdapterError: it is a pickle.
+        FormatError: it is broken, a key in it is unknown, or it holds numbers that are not finite.
+        BaseMismatch: names that the base does not have.
     """
-    file = weights_file(Path(path))
-    modules = None if base is None else modules_of(base)
-    there = base_shapes if modules is None else shapes(modules)
     layers = read_layers(file, *read_tensors(file), there, modules)
     for name, layer in layers.items():
         _check_finite(f"{file.name}: {name}", layer.tensors)
         _check_scale(f"{file.name}: {name}", layer)
-    adapter = Adapter(layers, read_card(file))
-    if modules is None:
-        return adapter
-    return bind(adapter, modules, file.name)
+    return layers, read_card(file)
 
 
 def holds_adapter(file: Path) -> bool:
@@ -161,16 +160,6 @@ def holds_adapter(file: Path) -> bool:
     except (AdapterError, OSError):
         return False
     return any(is_ours(keys) for is_ours in _FORMATS.values())
-
-
-def bind(adapter: Adapter, modules: Mapping[str, nn.Module], title: str) -> Adapter:
-    """Give an adapter whose layers know the weights of a base that it fits.
-
-    Raises:
-        BaseMismatch: it does not fit.
-    """
-    check_fits(adapter, modules, title)
-    return Adapter(dict(bound_layers(adapter, modules)), adapter.card)
 
 
 def read_layers(
@@ -212,103 +201,6 @@ def read_layers(
         raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
     except (FormatError, BaseMismatch) as error:
         raise type(error)(f"{file.name}: {error}") from error
-
-
-def modules_of(base: Any) -> dict[str, nn.Module]:
-    """Give the modules that can carry adapters, by component name, of a pipeline, its folder, a module or a mapping.
-
-    Args:
-        base: "pocket" is the embedded base's folder.
-
-    Raises:
-        AdapterError: there are none.
-        BaseError: the folder cannot be opened.
-    """
-    if isinstance(base, str | Path):
-        from diffusers import DiffusionPipeline
-
-        base = pocket_folder() if base == "pocket" else base
-        try:
-            base = DiffusionPipeline.from_pretrained(base, local_files_only=True)
-        except OSError as error:
-            raise BaseError(f"cannot open the base {base}: it is no diffusers folder") from error
-    if isinstance(base, nn.Module):
-        kind = type(getattr(base, "_orig_mod", base)).__name__
-        names = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
-        return {names.get(kind, "transformer" if "Transformer" in kind else "language_model"): base}
-    parts = base if isinstance(base, Mapping) else getattr(base, "components", {})
-    found = {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)}
-    if not found:
-        raise AdapterError(f"{type(base).__name__} has no component that can carry adapters")
-    return found
-
-
-def check_fits(adapter: Adapter, modules: Mapping[str, nn.Module], title: str) -> dict[str, dict[str, str]]:
-    """Check that every layer of an adapter exists in a base, in the same shape.
-
-    Returns:
-        By component: layer name on disk without the component -> live name of the module that has the weight or vector.
-
-    Raises:
-        BaseMismatch: it does not, with how many layers match.
-    """
-    found: dict[str, dict[str, str]] = {}
-    matched, wrong = 0, []
-    there = shapes({name: module for name, module in modules.items() if name in adapter.components})
-    for component in adapter.components:
-        places = _places(component, modules[component]) if component in modules else {}
-        found[component] = {}
-        for disk, layer in adapter.component(component).items():
-            shape = there.get(f"{component}.{disk}")
-            if shape is None:
-                wrong.append(f"there is no {component}.{disk}")
-            elif not shapes_agree(tuple(layer.shape), shape):
-                wrong.append(f"{component}.{disk} has weight {shape}, the adapter's is {tuple(layer.shape)}")
-            else:
-                matched += 1
-                found[component][disk] = places[disk][0]
-    if wrong:
-        trained_on = f" was trained on {adapter.card.base} and" if adapter.card.base else ""
-        base = ", ".join(f"{name} ({type(module).__name__})" for name, module in sorted(modules.items()))
-        raise BaseMismatch(
-            f"{title}{trained_on} does not fit this base, {base}: {matched} of {len(adapter)} layers match; {wrong[0]}"
-            f"{_by_component(adapter, found)}"
-        )
-    return found
-
-
-def _by_component(adapter: Adapter, found: Mapping[str, Mapping[str, str]]) -> str:
-    if len(found) == 1:
-        return ""
-    counts = [f"{name} {len(layers)} of {len(adapter.component(name))}" for name, layers in found.items()]
-    return f" ({', '.join(counts)})"
-
-
-def _places(component: str, model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Map names on disk of all that can be changed to (live module name, attribute)."""
-    return {disk: (live, "weight") for disk, live in live_layers(component, model).items()} | dict(
-        vector_layers(component, model)
-    )
-
-
-def bound_layers(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, LayerAdapter]]:
-    """Give layers that depend on the base's weight a reference to it, where it lies there as plain numbers."""
-    weights = dict(weights_of(adapter, modules))
-    for name, layer in adapter.items():
-        yield name, layer.bound(weights[name]) if layer.needs_weight and name in weights else layer
-
-
-def weights_of(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Give the base's weights and vectors that an adapter changes, where they lie there as plain numbers."""
-    for component in adapter.components:
-        places = _places(component, modules[component])
-        for disk, layer in adapter.component(component).items():
-            live, attribute = places[disk]
-            weight: Any = getattr(modules[component].get_submodule(live), attribute, None)
-            is_plain = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-            # a quantised weight is there in another shape
-            if is_plain and shapes_agree(tuple(layer.shape), tuple(weight.shape)):
-                yield f"{component}.{disk}", weight.detach()
 
 
 def weights_file(path: Path) -> Path:
@@ -356,17 +248,14 @@ def _read_peft(
             "it does not say which component it belongs to; give the base that it was trained on"
         )
     component = component or "model"
-    names = _PeftNames(component, there)
+    names = peft_names.Names(component, there)
+    model = modules.get(component) if modules is not None else None
+    vectors = vectors_of(component, model) if model is not None else {}
 
     def bias_of(name: str) -> Tensor | None:
-        place = _places(component, modules[component]).get(f"{names.on_disk(name)}.bias") if modules else None
-        if place is None or modules is None:
-            return None
-        vector: Tensor = getattr(modules[component].get_submodule(place[0]), place[1]).detach()
-        return vector
+        return vectors.get(f"{names.on_disk(name)}.bias")
 
-    has_component = modules is not None and component in modules
-    layers = peft.read(tensors, config, names.shapes, bias_of if has_component else None)
+    layers = peft.read(tensors, config, names.shapes, None if model is None else bias_of)
     return {f"{component}.{names.on_disk(name)}": layer for name, layer in layers.items()}
 
 
@@ -377,25 +266,10 @@ def _peft_component(
     if file.parent.parent.name == "peft" and file.parent.name in COMPONENTS:
         return file.parent.name
     known = {name.partition(".")[0] for name in there or ()}
-    component = peft.component_of(names, config)
+    component = peft_names.component_of(names, config)
     if len(known) == 1 and component not in known:
         (component,) = known
     return component
-
-
-class _PeftNames:
-    """The names of one component's layers in PEFT's files, which are live ones, and on disk."""
-
-    def __init__(self, component: str, there: Mapping[str, tuple[int, ...]] | None) -> None:
-        self._is_text = component.startswith("text_encoder")
-        prefix = component + "."
-        known = {name.removeprefix(prefix): s for name, s in (there or {}).items() if name.startswith(prefix)}
-        live = {peft.live_of(name): shape for name, shape in known.items()} if self._is_text else {}
-        self.shapes = None if there is None else known | live
-
-    def on_disk(self, name: str) -> str:
-        is_clip = self._is_text and name.startswith(("encoder.layers.", "final_layer_norm", "embeddings."))
-        return f"text_model.{name}" if is_clip else name
 
 
 def read_card(weights: Path) -> AdapterCard:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mmpeft
-from mmpeft import adapter_file
-from mmpeft.adapter import Adapter
+from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, FingerprintMatch, LayerSketch, compare
 from mmpeft.baked_output import Output
 from mmpeft.base_files import BaseFiles, open_base
@@ -146,7 +145,7 @@ def _ingredients(pairs: Sequence[tuple[Any, Any]], base: BaseFiles) -> list[Ingr
     for title, (given, said) in zip(titles, pairs, strict=True):
         if not isinstance(given, Adapter | str | Path):
             raise ConfigError(f"an adapter or the path of one is needed; got {type(given).__name__}")
-        adapter = given if isinstance(given, Adapter) else adapter_file.load(given, base_shapes=base.shapes)
+        adapter = given if isinstance(given, Adapter) else load_adapter(given, base_shapes=base.shapes)
         try:
             weight = Weight.of(said)
             weight.check(adapter.layers)

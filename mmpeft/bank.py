@@ -25,16 +25,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmpeft import adapter_file, fusing, routing
-from mmpeft.adapter import Adapter, LayerAdapter
+from mmpeft import fusing, routing
+from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
+from mmpeft.base_modules import check_fits, modules_of
 from mmpeft.batch_layout import BatchLayout
 from mmpeft.branch import Branch, Part, branch_of
 from mmpeft.conditions import Conditions
 from mmpeft.delta import Delta
 from mmpeft.errors import BankError, BaseMismatch, ConfigError, MethodError
 from mmpeft.fusing import Fusion, FusionReport
-from mmpeft.injection import live_layers, vector_layers
+from mmpeft.injection import live_parameters
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.mix import Mix, Weight
 from mmpeft.plugins import near_miss
 
@@ -57,7 +59,7 @@ def attach(model: Any, *, capacity: int | None = None) -> AdapterBank:
     """
     if capacity is not None and capacity < 1:
         raise ConfigError(f"capacity: must be at least 1 rank; got {capacity}")
-    modules = adapter_file.modules_of(model)
+    modules = modules_of(model)
     config = getattr(getattr(model, "scheduler", None), "config", None)
     prediction = getattr(config, "prediction_type", "")
     bank = AdapterBank(
@@ -154,8 +156,8 @@ class AdapterBank:
                 )
             self._refuse_foreign()
             title = name if isinstance(adapter, Adapter) else Path(adapter).name
-            adapter = adapter if isinstance(adapter, Adapter) else adapter_file.load(adapter, self._modules)
-            adapter_file.check_fits(adapter, self._modules, title)
+            adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self._modules)
+            check_fits(adapter, self._modules, title, adapter.card.base)
             self._judge_base(adapter, title, strict_base)
             deltas = {
                 layer_name: self._delta(layer, layer_name, title) for layer_name, layer in adapter.items()
@@ -350,10 +352,7 @@ class AdapterBank:
             branch.bank = weakref.ref(self)
 
     def _find_places(self, component: str, module: nn.Module, capacity: int | None) -> None:
-        found: dict[str, tuple[str, Part]] = {
-            disk: (live, "weight") for disk, live in live_layers(component, module).items()
-        }
-        for disk, (live, part) in {**found, **vector_layers(component, module)}.items():
+        for disk, (live, part) in live_parameters(component, module).items():
             owner = f"{component}.{disk.removesuffix('.bias') if part == 'bias' else disk}"
             if owner not in self._branches:
                 branch = branch_of(module.get_submodule(live), owner, capacity)

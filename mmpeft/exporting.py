@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from mmpeft import adapter_file
-from mmpeft.adapter import Adapter, LayerAdapter
+from mmpeft.adapter import Adapter, load_adapter
+from mmpeft.base_modules import modules_of
 from mmpeft.delta import truncate
 from mmpeft.errors import AdapterError, ConfigError, MethodError
 from mmpeft.injection import shapes
 from mmpeft.key_formats import diffusers, kohya
+from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.methods.dora import DoraLayer
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.plugins import near_miss
@@ -112,13 +114,13 @@ def write(
     """
     chosen = _choose("format", format, get_args(Format))
     kind = _TYPES[_choose("dtype", dtype, tuple(_TYPES))] if dtype is not None else None
-    modules = None if base is None else adapter_file.modules_of(base)
-    adapter = adapter if isinstance(adapter, Adapter) else adapter_file.load(adapter, modules)
+    modules = None if base is None else modules_of(base)
+    adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, modules)
     if not len(adapter):
         raise AdapterError("the adapter is empty; there is nothing to export")
     known: dict[str, tuple[int, ...]] = {}
     if modules is not None:
-        adapter, known = adapter_file.bind(adapter, modules, "the adapter"), shapes(modules)
+        adapter, known = adapter.bound(modules), shapes(modules)
     errors: dict[str, float] = {}
     layers: dict[str, LayerAdapter] = {}
     for name, layer in adapter.items():
@@ -186,7 +188,7 @@ def _cast(name: str, layer: LayerAdapter, dtype: torch.dtype | None) -> LayerAda
 
 
 def _write(adapter: Adapter, path: Path, form: Format, base: Mapping[str, tuple[int, ...]]) -> Path:
-    components = {component: adapter.component(component) for component in adapter.components}
+    components = by_component(adapter)
     if form == "kohya":
         file = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
         data = serialise(*kohya.write(components, adapter.card, title=file.stem, base=base or None))

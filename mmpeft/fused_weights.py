@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmpeft.adapter import Adapter, LayerAdapter, shapes_agree
+from mmpeft.adapter import Adapter
 from mmpeft.base_files import BaseFiles, Slot
 from mmpeft.delta import Delta, add
 from mmpeft.errors import AdapterError, BaseError, BaseMismatch, MethodError
+from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 from mmpeft.mix import Weight
 from mmpeft.weights_stream import FLOAT_TYPES, WeightsFile
 

@@ -76,6 +76,14 @@ def vector_layers(component: str, model: nn.Module) -> dict[str, tuple[str, Lite
     return found
 
 
+def live_parameters(component: str, model: nn.Module) -> dict[str, tuple[str, Literal["weight", "bias"]]]:
+    """Map the names on disk of everything that an adapter can change to (live module name, attribute)."""
+    layers: dict[str, tuple[str, Literal["weight", "bias"]]] = {
+        disk: (live, "weight") for disk, live in live_layers(component, model).items()
+    }
+    return layers | vector_layers(component, model)
+
+
 def shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Give the shape of everything that an adapter can change, by name on disk with the component in front.
 

@@ -14,12 +14,15 @@ from typing import Any, Literal
 import torch
 
 from mmpeft import adapter_file
-from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
+from mmpeft.base_modules import modules_of, weights_of
 from mmpeft.composition.lineage import describe
 from mmpeft.errors import AdapterError
 from mmpeft.injection import shapes
 from mmpeft.key_formats import kohya, peft
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.safetensors_file import read_tensors
 
@@ -189,13 +192,13 @@ def inspect(path: str | Path, base: Any = None) -> AdapterReport:
         BaseMismatch: it does not fit `base`.
     """
     file = adapter_file.weights_file(Path(path))
-    modules = None if base is None else adapter_file.modules_of(base)
+    modules = None if base is None else modules_of(base)
     tensors, metadata = read_tensors(file)
     there = None if modules is None else shapes(modules)
     found = adapter_file.read_layers(file, tensors, metadata, there, modules, keep_unknown=modules is None)
     adapter = Adapter(found, adapter_file.read_card(file))
     if modules is not None:
-        adapter = adapter_file.bind(adapter, modules, file.name)
+        adapter = adapter.bound(modules, file.name)
     layers = tuple(_layers(adapter, _weight_norms(adapter, modules)))
     return AdapterReport(
         file=file.name,
@@ -231,7 +234,7 @@ def _weight_norms(adapter: Adapter, modules: Mapping[str, Any] | None) -> dict[s
         fingerprint = adapter.card.fingerprint
         sketches = Fingerprint.from_json(fingerprint).layers if fingerprint else {}
         return {name: sketch.norm for name, sketch in sketches.items()}
-    weights = adapter_file.weights_of(adapter, modules)
+    weights = weights_of(adapter, modules)
     return {name: float(weight.float().norm()) for name, weight in weights}
 
 

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter_card import AdapterCard
+from mmpeft.layer_adapter import LayerAdapter, by_component
 
 _LOAD_AND_MIX = 'bank.load("path/to/this/folder", name="this")\nbank.mix(this=0.8)'
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def model_card(adapter: Adapter, files: Sequence[str] = (), is_plain: bool = True) -> str:
+def model_card(
+    layers: Mapping[str, LayerAdapter], card: AdapterCard, files: Sequence[str] = (), is_plain: bool = True
+) -> str:
     """Write README.md: the hub's header, what the adapter is, how to use it, how it was made.
 
     Args:
+        layers: by layer name with the component in front.
         files: names of further files in the folder; pictures are shown.
         is_plain: whether plain diffusers and PEFT load it.
     """
-    card = adapter.card
-    is_image = any(component in adapter.components for component in ("unet", "transformer"))
+    components = tuple(by_component(layers))
+    is_image = any(component in components for component in ("unet", "transformer"))
     parts = [
-        _header(adapter, is_image),
+        _header(layers, card, is_image),
         f"# {'Text-to-image' if is_image else 'Language'} adapter for {card.base or 'an unnamed base'}",
-        _summary(adapter),
-        _usage(adapter, is_image) if is_plain else _usage_of_lycoris(),
+        _summary(layers, card),
+        (_usage_of_diffusers(card) if is_image else _usage_of_peft(components[0]))
+        if is_plain
+        else _usage_of_lycoris(),
     ]
     if pictures := [name for name in files if name.lower().endswith(_PICTURES)]:
         parts.append("## Pictures\n\n" + "\n".join(f"![{name}]({name})" for name in pictures))
@@ -39,9 +45,8 @@ def model_card(adapter: Adapter, files: Sequence[str] = (), is_plain: bool = Tru
     return "\n\n".join(parts) + "\n"
 
 
-def _header(adapter: Adapter, is_image: bool) -> str:
-    card = adapter.card
-    methods = sorted({layer.method for layer in adapter.values()})
+def _header(layers: Mapping[str, LayerAdapter], card: AdapterCard, is_image: bool) -> str:
+    methods = sorted({layer.method for layer in layers.values()})
     lines = [f"library_name: {'diffusers' if is_image else 'peft'}"]
     if card.base.count("/") == 1:  # only hub names make a valid base_model
         lines.append(f"base_model: {card.base}")
@@ -55,13 +60,12 @@ def _header(adapter: Adapter, is_image: bool) -> str:
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
 
-def _summary(adapter: Adapter) -> str:
-    card = adapter.card
-    methods = Counter(layer.method for layer in adapter.values())
-    numbers = sum(tensor.numel() for layer in adapter.values() for tensor in layer.tensors.values())
+def _summary(layers: Mapping[str, LayerAdapter], card: AdapterCard) -> str:
+    methods = Counter(layer.method for layer in layers.values())
+    numbers = sum(tensor.numel() for layer in layers.values() for tensor in layer.tensors.values())
     lines = [
         f"- method: {', '.join(f'{name} on {count} layers' for name, count in sorted(methods.items()))}",
-        f"- components: {', '.join(adapter.components)}",
+        f"- components: {', '.join(by_component(layers))}",
         f"- numbers: {numbers:,}",
     ]
     if card.trigger:
@@ -73,19 +77,18 @@ def _summary(adapter: Adapter) -> str:
     return "\n".join(lines)
 
 
-def _usage(adapter: Adapter, is_image: bool) -> str:
-    if not is_image:
-        component = adapter.components[0]
-        code = (
-            "from peft import PeftModel\n\n"
-            f'model = PeftModel.from_pretrained(model, "path/to/this/folder/peft/{component}")'
-        )
-        return f"## Use\n\n```python\n{code}\n```"
-    is_hub_name = adapter.card.base.count("/") == 1
-    base = json.dumps(adapter.card.base if is_hub_name else f"path/to/{adapter.card.base or 'the/base'}")
-    prompt = json.dumps(
-        f"a house, {adapter.card.trigger}" if adapter.card.trigger else "a house", ensure_ascii=False
+def _usage_of_peft(component: str) -> str:
+    code = (
+        "from peft import PeftModel\n\n"
+        f'model = PeftModel.from_pretrained(model, "path/to/this/folder/peft/{component}")'
     )
+    return f"## Use\n\n```python\n{code}\n```"
+
+
+def _usage_of_diffusers(card: AdapterCard) -> str:
+    is_hub_name = card.base.count("/") == 1
+    base = json.dumps(card.base if is_hub_name else f"path/to/{card.base or 'the/base'}")
+    prompt = json.dumps(f"a house, {card.trigger}" if card.trigger else "a house", ensure_ascii=False)
     code = (
         "from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({base})\n"

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mmpeft.adapter_file as adapter_file
-from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
+from mmpeft.adapter import Adapter, load_adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.delta import Dense
 from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.dora import DoraLayer
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.loha import LohaLayer
@@ -101,12 +103,11 @@ def test_plain_diffusers_and_plain_peft_compute_what_was_trained(kind, open_base
     peft.text_encoder = PeftModel.from_pretrained(peft.text_encoder, tmp_path / "a/peft/text_encoder")
     torch.testing.assert_close(predict(peft, PROMPTS), expected, rtol=1e-5, atol=1e-6)
 
-    assert same(adapter_file.load(tmp_path / "a"), adapter)
+    assert same(load_adapter(tmp_path / "a"), adapter)
     whole = {
-        f"unet.{n}": layer
-        for n, layer in adapter_file.load(tmp_path / "a/peft/unet").component("unet").items()
+        f"unet.{n}": layer for n, layer in load_adapter(tmp_path / "a/peft/unet").component("unet").items()
     }
-    text = adapter_file.load(tmp_path / "a/peft/text_encoder")
+    text = load_adapter(tmp_path / "a/peft/text_encoder")
     assert same(Adapter({**whole, **text}), adapter)
 
 
@@ -184,8 +185,8 @@ def test_the_safetensors_library_reads_what_is_written(adapter, tmp_path):
 
 
 def test_the_card_comes_back_and_the_model_card_tells_it(adapter, tmp_path):
-    folder = adapter_file.save(adapter, tmp_path / "a", files={"preview/0.png": b"picture"})
-    assert adapter_file.load(folder).card == adapter.card
+    folder = adapter.save(tmp_path / "a", files={"preview/0.png": b"picture"})
+    assert load_adapter(folder).card == adapter.card
     assert (folder / "preview/0.png").read_bytes() == b"picture"
     page = (folder / "README.md").read_text()
     for part in (
@@ -197,11 +198,11 @@ def test_the_card_comes_back_and_the_model_card_tells_it(adapter, tmp_path):
     ):
         assert part in page
     assert "base_model" not in page  # "pocket" is no hub name
-    assert adapter_file.load(folder / "peft/unet").card == adapter.card
+    assert load_adapter(folder / "peft/unet").card == adapter.card
 
 
 def test_saving_replaces_an_adapter_but_nothing_else(adapter, tmp_path):
-    folder = adapter_file.save(adapter, tmp_path / "a", files={"old.png": b""})
+    folder = adapter.save(tmp_path / "a", files={"old.png": b""})
     adapter.save(folder)
     assert not (folder / "old.png").exists()
     (tmp_path / "b").mkdir()
@@ -248,9 +249,9 @@ def test_what_cannot_be_saved_is_refused(adapter, tmp_path):
         with pytest.raises(error, match=words):
             Adapter(layers).save(tmp_path / "x")
     with pytest.raises(AdapterError, match=r"outside"):
-        adapter_file.save(adapter, tmp_path / "x", files={"../y": b""})
+        adapter.save(tmp_path / "x", files={"../y": b""})
     with pytest.raises(AdapterError, match=r"README.md is a file of the adapter itself"):
-        adapter_file.save(adapter, tmp_path / "x", files={"README.md": b""})
+        adapter.save(tmp_path / "x", files={"README.md": b""})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,14 +284,14 @@ def test_there_and_back_is_identity(parts, component, rslora, is_dora, tmp_path_
         more = {"lora_magnitude_vector": magnitude} if is_dora else {}
         layers[f"{component}.{name}"] = (DoraLayer if is_dora else LoraLayer)(A, B, alpha, rslora, **more)
     folder = tmp_path_factory.mktemp("there") / "a"
-    assert same(adapter_file.load(Adapter(layers).save(folder)), Adapter(layers))
+    assert same(load_adapter(Adapter(layers).save(folder)), Adapter(layers))
     shutil.rmtree(folder.parent)
 
 
 def test_layers_with_and_without_rslora_keep_their_effect(tmp_path):
     A, B = torch.ones(4, 2), torch.ones(3, 4)
     adapter = Adapter({"unet.a": LoraLayer(A, B, 2.0, rslora=True), "unet.b": LoraLayer(A, B, 2.0)})
-    loaded = adapter_file.load(adapter.save(tmp_path / "a"))
+    loaded = load_adapter(adapter.save(tmp_path / "a"))
     for name, layer in adapter.items():
         torch.testing.assert_close(loaded[name].dense(), layer.dense())
 
@@ -299,7 +300,7 @@ def test_a_broken_card_is_told(adapter, tmp_path):
     folder = adapter.save(tmp_path / "a")
     (folder / "adapter.json").write_text("{")
     with pytest.raises(FormatError, match=r"adapter.json is no JSON"):
-        adapter_file.load(folder)
+        load_adapter(folder)
 
 
 def test_a_base_that_does_not_fit_is_told(open_base, attach_randomly, adapter, tmp_path):
@@ -308,20 +309,20 @@ def test_a_base_that_does_not_fit_is_told(open_base, attach_randomly, adapter, t
         BaseMismatch,
         match=r"_weights.safetensors was trained on pocket .* 0 of 2 layers match; there is no unet.mid.conv",
     ):
-        adapter_file.load(adapter.save(tmp_path / "a"), base=base)
+        load_adapter(adapter.save(tmp_path / "a"), base=base)
     fitting = attach_randomly(base, rank=2).save(tmp_path / "b")
     fresh = open_base()
-    assert adapter_file.load(fitting, base=fresh).components == ("text_encoder", "unet")
+    assert load_adapter(fitting, base=fresh).components == ("text_encoder", "unet")
     with pytest.raises(
         BaseMismatch, match=r"layers match; there is no text_encoder.*text_encoder 0 of 4, unet 48 of 48"
     ):
-        adapter_file.load(fitting, base=fresh.unet)
+        load_adapter(fitting, base=fresh.unet)
 
 
 def test_a_folder_can_be_the_base(tiny_sd_folder, adapter, tmp_path):
     folder = adapter.save(tmp_path / "a")
     with pytest.raises(BaseMismatch, match=r"unet .UNet2DConditionModel."):
-        adapter_file.load(folder, base=tiny_sd_folder)
+        load_adapter(folder, base=tiny_sd_folder)
 
 
 def test_what_diffusers_cannot_load_is_saved_as_lycoris_and_comes_back(tmp_path):
@@ -345,7 +346,7 @@ def test_what_diffusers_cannot_load_is_saved_as_lycoris_and_comes_back(tmp_path)
     page = (folder / "README.md").read_text()
     assert "load_lora_weights" not in page
     assert "mmpeft convert" in page
-    back = adapter_file.load(folder)
+    back = load_adapter(folder)
     assert back.digest == adapter.digest
     assert back.card == adapter.card
 
@@ -355,18 +356,18 @@ def test_peft_folders_stand_beside_where_peft_has_the_method(tmp_path):
     turned = InputOftLayer(torch.randn(1, 3), 0)
     folder = Adapter({"language_model.up": loha}).save(tmp_path / "loha")
     assert (folder / "lycoris.safetensors").is_file()
-    assert adapter_file.load(folder / "peft/language_model").digest == adapter_file.load(folder).digest
+    assert load_adapter(folder / "peft/language_model").digest == load_adapter(folder).digest
     adapter = Adapter({"language_model.up": turned})
     folder = adapter.save(tmp_path / "oft")  # which has no other form
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "adapter.json", "peft"]
-    assert adapter_file.load(folder).digest == adapter.digest
+    assert load_adapter(folder).digest == adapter.digest
 
 
 def test_a_base_gives_its_weights_to_the_layers_that_need_them(open_base, attach_randomly, tmp_path):
     trained = open_base()
     folder = attach_randomly(trained, "dora", rank=2).save(tmp_path / "a")
     base = open_base()
-    bound, free = adapter_file.load(folder, base=base), adapter_file.load(folder)
+    bound, free = load_adapter(folder, base=base), load_adapter(folder)
     name = next(name for name in bound if name.endswith("conv1"))
     weight = base.unet.get_submodule(name.removeprefix("unet.")).weight
     torch.testing.assert_close(bound[name].dense(), free[name].dense(weight))
@@ -379,9 +380,9 @@ def test_changed_norms_and_biases_must_fit_the_base(open_base, tmp_path):
     base = open_base()
     norm = "unet.mid_block.resnets.0.norm1"
     right = {norm: FullLayer(torch.ones(16)), f"{norm}.bias": FullLayer(torch.ones(16))}
-    assert adapter_file.load(Adapter(right).save(tmp_path / "a"), base=base).layers == tuple(right)
+    assert load_adapter(Adapter(right).save(tmp_path / "a"), base=base).layers == tuple(right)
     wrong = Adapter({**right, norm: FullLayer(torch.ones(3))}).save(tmp_path / "b")
     with pytest.raises(
         BaseMismatch, match=rf"1 of 2 layers match; {norm} has weight \(16,\), the adapter's is \(3,\)"
     ):
-        adapter_file.load(wrong, base=base)
+        load_adapter(wrong, base=base)

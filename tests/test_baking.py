@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.baked_output import LINEAGE
 from mmpeft.delta import add
@@ -389,7 +390,8 @@ import json, sys
 from pathlib import Path
 import torch
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.mix import Schedule, Weight
 
@@ -631,3 +633,16 @@ def test_an_earlier_bake_survives_one_that_fails(folders, adapters, tmp_path):
     mmpeft.bake(folders / "fp16", [(adapters[0], 1.0)], tmp_path / "out")
     refusal(tmp_path, folders / "fp16", [(full(LAYER, 16, 16, value=1e9), 1.0)])
     assert (tmp_path / "out" / LINEAGE).is_file()
+
+
+def test_a_kohya_file_finds_its_layers_by_the_base_s_names(folders, single_file, adapters, tmp_path):
+    mmpeft.export(adapters[0], tmp_path / "kohya.safetensors", format="kohya")
+    mmpeft.bake(folders / "fp32", {tmp_path / "kohya.safetensors": 0.8}, tmp_path / "one")
+    mmpeft.bake(folders / "fp32", [(adapters[0], 0.8)], tmp_path / "two")
+    mmpeft.bake(single_file, {tmp_path / "kohya.safetensors": 0.8}, tmp_path / "three.safetensors")
+    mmpeft.bake(single_file, [(adapters[0], 0.8)], tmp_path / "four.safetensors")
+    for one, two in (
+        ("one/unet/diffusion_pytorch_model.safetensors", "two/unet/diffusion_pytorch_model.safetensors"),
+        ("three.safetensors", "four.safetensors"),
+    ):
+        assert (tmp_path / one).read_bytes() == (tmp_path / two).read_bytes()

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import mmpeft
-import mmpeft.adapter_file as adapter_file
-from mmpeft.adapter import Adapter
+from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.errors import AdapterError, BaseMismatch, FormatError
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.verification import predict
@@ -286,7 +285,7 @@ def test_bad_files_give_one_clear_sentence(kind, tmp_path):
     make, error, words = BROKEN[kind]
     path = make(tmp_path)
     with pytest.raises(error, match=words) as caught:
-        adapter_file.load(path)
+        load_adapter(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
@@ -295,4 +294,4 @@ def test_a_folder_with_several_files_is_not_guessed_at(tmp_path):
     for name in ("a", "b"):
         save_file(PAIR, tmp_path / f"{name}.safetensors")
     with pytest.raises(FormatError, match=r"name one of a.safetensors, b.safetensors"):
-        adapter_file.load(tmp_path)
+        load_adapter(tmp_path)

@@ -7,7 +7,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.errors import AdapterError, BaseMismatch, ConfigError, MethodError
 from mmpeft.exporting import export, write
 from mmpeft.methods.dora import DoraLayer

@@ -6,7 +6,8 @@ import safetensors.torch
 import torch
 
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.errors import AdapterError
 from mmpeft.inspection import inspect

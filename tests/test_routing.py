@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.pocket import pocket_folder
 from mmpeft.errors import BankError, ConfigError
 from mmpeft.methods.lora import LoraLayer

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmpeft import adapter_file
+from mmpeft.adapter import load_adapter
 from mmpeft.backbones.base import ImageBackbone
 from mmpeft.backbones.stable_diffusion_files import quietly
 from mmpeft.config import PreviewSettings
@@ -41,9 +41,9 @@ def finish(
     if report.is_ok and preview.prompts:
         plain.load_lora_weights(str(folder))
         card, picture = _draw_preview(plain, preview)
-        adapter = adapter_file.load(folder)
+        adapter = load_adapter(folder)
         adapter.card = replace(adapter.card, preview=card)
-        adapter_file.save(adapter, folder, {PREVIEW: picture})
+        adapter.save(folder, {PREVIEW: picture})
     return report
 
 

@@ -11,8 +11,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmpeft import adapter_file, plugins
-from mmpeft.adapter import AdapterCard
+from mmpeft import plugins
+from mmpeft.adapter import load_adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.base import ImageBackbone
 from mmpeft.config import ComponentSettings, Recipe
 from mmpeft.data.captions import without_words
@@ -190,7 +191,7 @@ def attach(
     Returns:
         The method of each component, and the names on disk of all layers that learn.
     """
-    start = adapter_file.load(recipe.init_from, backbone.components) if recipe.init_from else None
+    start = load_adapter(recipe.init_from, backbone.components) if recipe.init_from else None
     methods: dict[str, Method] = {}
     names: list[str] = []
     for component, settings in components.items():

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.base import ImageBackbone
 from mmpeft.config import PreviewSettings
 from mmpeft.data.buckets import Bucket, choose_bucket, crop_offset, is_flipped, make_buckets
@@ -20,6 +21,7 @@ from mmpeft.data.pictures import fit, pixels
 from mmpeft.data.tensor_cache import TensorCache, latent_key, text_key
 from mmpeft.diffusion.denoise import Denoise, ImageBatch, PriorBatch
 from mmpeft.diffusion.prior import Prior
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.base import Method
 from mmpeft.trainers.loop import ParameterGroup
 

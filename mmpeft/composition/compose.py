@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft import adapter_file, low_rank
-from mmpeft.adapter import Adapter, LayerAdapter
+from mmpeft import low_rank
+from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.composition import lineage
 from mmpeft.composition.parents import Parents
 from mmpeft.composition.report import CompositionReport, Errors, loss_sentence
 from mmpeft.composition.strategy import Strategy
 from mmpeft.delta import Delta, LowRank, decompose, inner, truncate
 from mmpeft.errors import AdapterError, ConfigError, MethodError
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.mix import Weight
@@ -119,7 +120,7 @@ def replay(
         AdapterError: `like` was not composed, a parent is missing, or one too many was given.
         ConfigError, BaseMismatch, MethodError: as `compose` does.
     """
-    model = like if isinstance(like, Adapter) else adapter_file.load(like)
+    model = like if isinstance(like, Adapter) else load_adapter(like)
     title = "this adapter" if isinstance(like, Adapter) else str(like)
     recipe = model.card.recipe.get("compose")
     if not recipe or not model.card.parents:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import mmpeft
-from mmpeft.adapter import AdapterCard
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.composition.parents import Parents
 from mmpeft.mix import Weight

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from mmpeft import adapter_file
-from mmpeft.adapter import Adapter, LayerAdapter, shapes_agree
+from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
+from mmpeft.base_modules import modules_of
 from mmpeft.delta import Delta, Dense, LowRank, Sum
 from mmpeft.errors import AdapterError, BaseMismatch, ConfigError, FormatError, MethodError
 from mmpeft.injection import shapes
+from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 
 
 class Parents(Sequence[Adapter]):
@@ -34,7 +35,7 @@ class Parents(Sequence[Adapter]):
     """
 
     def __init__(self, adapters: Sequence[Adapter | str | Path], base: Any = None) -> None:
-        self._modules = adapter_file.modules_of(base) if base is not None else {}
+        self._modules = modules_of(base) if base is not None else {}
         self._base_shapes = shapes(self._modules)
         self.titles = titles_of(adapters)
         self._adapters = tuple(
@@ -140,15 +141,12 @@ class Parents(Sequence[Adapter]):
 
     def _opened(self, given: Any, title: str) -> Adapter:
         if isinstance(given, str | Path):
-            return adapter_file.load(given, self._modules or None)
+            return load_adapter(given, self._modules or None)
         if not isinstance(given, Adapter):
             raise ConfigError(f"an adapter or the path of one is needed; got {type(given).__name__}")
         if not len(given):
             raise AdapterError(f"{title} is empty; it has no layer")
-        if not self._modules:
-            return given
-        adapter_file.check_fits(given, self._modules, title)
-        return Adapter(dict(adapter_file.bound_layers(given, self._modules)), given.card)
+        return given.bound(self._modules, title) if self._modules else given
 
 
 def titles_of(adapters: Sequence[Any]) -> tuple[str, ...]:

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from mmpeft.adapter import AdapterCard, LayerAdapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.errors import BaseMismatch, FormatError, MethodError
 from mmpeft.injection import COMPONENTS
 from mmpeft.key_formats import kohya_metadata, kohya_names, lycoris
 from mmpeft.key_formats.kohya_names import flattened
+from mmpeft.layer_adapter import LayerAdapter
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmpeft.adapter import AdapterCard, LayerAdapter
+from mmpeft.adapter_card import AdapterCard
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.safetensors_file import serialise
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.delta import matrix_shape
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.key_formats import lycoris_layers
 from mmpeft.key_formats.lycoris_layers import GLORA, HALVES, LORA, REST, Parts, Shape
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.dora import DoraLayer, WeightDecomposedLayer
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.glora import GloraLayer

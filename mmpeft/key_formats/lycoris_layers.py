@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter, shapes_agree
 from mmpeft.delta import Side, matrix_shape
 from mmpeft.errors import FormatError
+from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 from mmpeft.methods.dora import DoraLayer, WeightDecomposedLayer
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.glora import GloraLayer

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.key_formats import peft_methods, peft_settings
+from mmpeft.key_formats.peft_names import live_of
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.dora import DoraLayer
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.ia3 import Ia3Layer
@@ -47,13 +48,7 @@ _REFUSED = {
     "kasa_config": (None, "it changes the base's weights"),
 }
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_CLASSES = {
-    "UNet2DConditionModel": "unet",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder_2",
-}
 _OTHER_METHODS = (LohaLayer, LokrLayer, InputOftLayer, Ia3Layer)
-_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
 
 
 def is_ours(keys: Iterable[str]) -> bool:
@@ -284,30 +279,6 @@ def layer_from(
             f"{name} has magnitudes {tuple(magnitude.shape)}; {expected} are needed, one per output"
         )
     return DoraLayer(A, B, alpha, rslora, lora_magnitude_vector=magnitude)
-
-
-def component_of(layers: Iterable[str], config: Mapping[str, Any]) -> str | None:
-    """Guess which component a PEFT file belongs to from its base's class, else from its layer names."""
-    model_class = str((config.get("auto_mapping") or {}).get("base_model_class", ""))
-    if model_class in _CLASSES:
-        return _CLASSES[model_class]
-    if config.get("task_type") == "CAUSAL_LM" or model_class.endswith("ForCausalLM"):
-        return "language_model"
-    if "Transformer" in model_class:
-        return "transformer"
-    names = list(layers)
-    if names and all(name.startswith(_UNET_BLOCKS) for name in names):
-        return "unet"
-    if names and all(
-        re.match(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.", name) for name in names
-    ):
-        return "text_encoder"
-    return None
-
-
-def live_of(name: str) -> str:
-    """Give the name of a layer in today's module tree: transformers 5 has no `text_model.` in CLIPTextModel."""
-    return name.removeprefix("text_model.")
 
 
 def _pattern(name: str) -> str:

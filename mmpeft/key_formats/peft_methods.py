@@ -14,10 +14,10 @@ from typing import Any
 from packaging.version import Version
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter, shapes_agree
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.key_formats import lycoris
 from mmpeft.key_formats.peft_settings import NEUMANN_SINCE, peft_type_of, rank_and_alpha
+from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 from mmpeft.methods.ia3 import Ia3Layer
 from mmpeft.methods.loha import LohaLayer
 from mmpeft.methods.lokr import LokrLayer

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.errors import MethodError
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.ia3 import Ia3Layer
 from mmpeft.methods.loha import LohaLayer
 from mmpeft.methods.lokr import LokrLayer

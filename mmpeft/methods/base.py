@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.config import PluginSettings
+from mmpeft.layer_adapter import LayerAdapter
 
 
 class MethodSettings(PluginSettings):

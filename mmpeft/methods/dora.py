@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter, WeightDependent
 from mmpeft.delta import Delta, Dense, Gain, LowRank, Side, add, matrix_shape
+from mmpeft.layer_adapter import LayerAdapter, WeightDependent
 from mmpeft.methods.base import MethodSettings
 from mmpeft.methods.lora import Lora, LoraLayer, LoraSettings
 

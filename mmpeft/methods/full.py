@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.delta import Delta, Dense
+from mmpeft.layer_adapter import LayerAdapter
 
 
 @dataclass(frozen=True, eq=False)

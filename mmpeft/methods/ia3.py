@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmpeft.adapter import WeightDependent
 from mmpeft.delta import Delta, Dense, Gain, Side
+from mmpeft.layer_adapter import WeightDependent
 
 
 @dataclass(frozen=True, eq=False)

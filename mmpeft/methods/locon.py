@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.delta import Delta, Dense, LowRank, add
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.products import tucker
 
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.delta import Delta
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.products import shortest, tucker
 
 

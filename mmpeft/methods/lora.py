@@ -19,10 +19,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from mmpeft.adapter import LayerAdapter
 from mmpeft.delta import Delta, LowRank
 from mmpeft.errors import MethodError
 from mmpeft.injection import is_adaptable, matches
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.base import Method, MethodSettings
 
 # PEFT keeps the parameters of several adapters apart by name.

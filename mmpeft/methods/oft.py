@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmpeft.adapter import WeightDependent
 from mmpeft.delta import Delta, Dense
 from mmpeft.errors import MethodError
+from mmpeft.layer_adapter import WeightDependent
 
 
 @dataclass(frozen=True, eq=False)

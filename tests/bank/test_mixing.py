@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.errors import BankError, BaseMismatch, ConfigError
 from mmpeft.injection import live_layers

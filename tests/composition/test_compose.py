@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmpeft
-from mmpeft.adapter import Adapter, AdapterCard, LayerAdapter
+from mmpeft.adapter import Adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.composition.compose import DifferentBasesWarning, replay
 from mmpeft.composition.report import Errors
 from mmpeft.errors import AdapterError, BaseMismatch, ConfigError, FormatError, MethodError
+from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.mix import Schedule, Weight

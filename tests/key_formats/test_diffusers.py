@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-import mmpeft.adapter_file as adapter_file
+from mmpeft.adapter import load_adapter
 from mmpeft.errors import FormatError
 from mmpeft.key_formats import diffusers
 from mmpeft.methods.dora import DoraLayer
@@ -152,7 +152,7 @@ def test_what_diffusers_saves_is_read_with_the_same_effect(
             old[key.replace(".self_attn.out_lora.", ".self_attn.to_out_lora.")] = tensor
         save_file(old, file)
     for given in (None, pipe):
-        adapter = adapter_file.load(file, base=given)
+        adapter = load_adapter(file, base=given)
         assert set(adapter) == set(changes)
         for name, change in changes.items():
             torch.testing.assert_close(adapter[name].dense(), change, rtol=1e-4, atol=1e-5)
@@ -183,7 +183,7 @@ def test_other_methods_that_diffusers_saves_and_does_not_load_are_read(kind, for
             tmp_path, unet_lora_layers=state, **_collate_lora_metadata({"unet": pipe.unet})
         )
     base = open_sd()
-    adapter = adapter_file.load(tmp_path / "pytorch_lora_weights.safetensors", base=base)
+    adapter = load_adapter(tmp_path / "pytorch_lora_weights.safetensors", base=base)
     for name, layer in adapter.items():
         if name.endswith(".bias"):
             continue

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import mmpeft.adapter_file as adapter_file
-from mmpeft.adapter import Adapter, AdapterCard
+from mmpeft.adapter import Adapter, load_adapter
+from mmpeft.adapter_card import AdapterCard
 from mmpeft.errors import BaseMismatch, FormatError, MethodError
 from mmpeft.exporting import export
 from mmpeft.injection import shapes
@@ -116,7 +116,7 @@ def test_what_diffusers_exports_as_kohya_is_read_with_the_same_effect(
     changes = add_peft_lora(pipe)
     save_file(diffusers_kohya(pipe), tmp_path / "x.safetensors")
     for given_base in (None, pipe):
-        adapter = adapter_file.load(tmp_path / "x.safetensors", base=given_base)
+        adapter = load_adapter(tmp_path / "x.safetensors", base=given_base)
         assert set(adapter) == set(changes)
         for name, change in changes.items():
             torch.testing.assert_close(adapter[name].dense(), change, rtol=1e-4, atol=1e-5)
@@ -163,7 +163,7 @@ def test_diffusers_computes_with_our_export_what_was_trained(
     # float32 sums in another order; diffusers' reader is right where all alphas are the same
     torch.testing.assert_close(run(plain), expected, rtol=1e-4, atol=1e-4)
     assert (expected - before).norm() > 0.05 * before.norm()
-    assert set(adapter_file.load(file)) == set(changes)
+    assert set(load_adapter(file)) == set(changes)
 
 
 def peft_adapter(pipe, alpha):
@@ -222,7 +222,7 @@ def test_what_lycoris_saves_is_read_with_and_without_the_base(component, open_sd
     network.save_weights(str(tmp_path / "x.safetensors"), None, {})
     bare = getattr(open_sd(), component)
     for base in (None, {component: bare}):
-        adapter = adapter_file.load(tmp_path / "x.safetensors", base=base)
+        adapter = load_adapter(tmp_path / "x.safetensors", base=base)
         assert len(adapter) == len(network.loras) > 10
         for lora in network.loras:
             stem = lora.lora_name
@@ -260,7 +260,7 @@ def test_names_that_the_base_does_not_have_are_counted(open_sd, tmp_path):
     ):
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(BaseMismatch, match=words):
-            adapter_file.load(tmp_path / "x.safetensors", base=pipe)
+            load_adapter(tmp_path / "x.safetensors", base=pipe)
 
 
 def test_shapes_that_the_base_does_not_have_are_told(open_sd, tmp_path):
@@ -268,7 +268,7 @@ def test_shapes_that_the_base_does_not_have_are_told(open_sd, tmp_path):
     with pytest.raises(
         BaseMismatch, match=r"0 of 1 layers match; unet.mid_block.attentions.0.proj_in has weight"
     ):
-        adapter_file.load(tmp_path / "x.safetensors", base=open_sd())
+        load_adapter(tmp_path / "x.safetensors", base=open_sd())
 
 
 def test_names_that_can_mean_two_layers_name_them():

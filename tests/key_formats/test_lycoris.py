@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmpeft.adapter import shapes_agree
 from mmpeft.errors import AdapterError, FormatError, MethodError
 from mmpeft.key_formats import lycoris
+from mmpeft.layer_adapter import shapes_agree
 from mmpeft.methods.dora import DoraLayer, WeightDecomposedLayer
 from mmpeft.methods.ia3 import Ia3Layer
 from mmpeft.methods.lokr import LokrLayer

@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import mmpeft.adapter_file as adapter_file
+from mmpeft.adapter import load_adapter
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.exporting import export
-from mmpeft.key_formats import peft
+from mmpeft.key_formats import peft, peft_names
 from mmpeft.methods.lora import LoraLayer
 
 A, B = torch.ones(2, 3), torch.ones(4, 2)
@@ -38,7 +38,7 @@ def test_what_peft_saves_is_read_with_the_same_effect(settings, tiny_sd_folder, 
                     noise = torch.randn_like(parameter)
                     parameter.copy_(parameter * (1 + 0.2 * noise) if "magnitude" in name else noise)
         wrapped.save_pretrained(tmp_path / component)
-        adapter = adapter_file.load(tmp_path / component)
+        adapter = load_adapter(tmp_path / component)
         assert adapter.components == (component,)
         merged = wrapped.merge_and_unload()
         for name, layer in adapter.component(component).items():
@@ -63,9 +63,9 @@ def test_a_peft_file_of_an_unknown_component_asks_for_the_base(tmp_path):
     base = Strange()
     get_peft_model(base, LoraConfig(r=2, target_modules=["x"])).save_pretrained(tmp_path)
     with pytest.raises(FormatError, match="give the base that it was trained on"):
-        adapter_file.load(tmp_path)
-    assert adapter_file.load(tmp_path, base=Strange()).layers == ("language_model.x",)
-    assert adapter_file.load(tmp_path, base={"projector": Strange()}).layers == ("projector.x",)
+        load_adapter(tmp_path)
+    assert load_adapter(tmp_path, base=Strange()).layers == ("language_model.x",)
+    assert load_adapter(tmp_path, base={"projector": Strange()}).layers == ("projector.x",)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_trained_biases_are_changes_of_the_base(settings, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path)
-    adapter = adapter_file.load(tmp_path, base={"projector": base})
+    adapter = load_adapter(tmp_path, base={"projector": base})
     after = wrapped.merge_and_unload()
     changed = {"projector.x": "x.weight", "projector.x.bias": "x.bias", "projector.norm.bias": "norm.bias"}
     for name, layer in adapter.items():
@@ -126,11 +126,11 @@ def test_trained_biases_are_changes_of_the_base(settings, tmp_path):
     assert ("projector.norm.bias" in adapter) == (settings.get("bias") == "all")
     assert "projector.x.bias" in adapter
     with pytest.raises(FormatError, match="give the base"):
-        adapter_file.load(tmp_path)
+        load_adapter(tmp_path)
     if "bias" in settings:
         other = nn.ModuleDict({"x": nn.Linear(3, 5)})
         with pytest.raises(FormatError, match=r"has a bias \(4,\) in the file, and none like it in the base"):
-            adapter_file.load(tmp_path, base={"projector": other})
+            load_adapter(tmp_path, base={"projector": other})
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "OFT", "IA3"])
@@ -151,7 +151,7 @@ def test_other_methods_go_through_us_with_the_same_effect(kind, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path / "theirs")
-    adapter = adapter_file.load(tmp_path / "theirs", base={"projector": base})
+    adapter = load_adapter(tmp_path / "theirs", base={"projector": base})
     x = torch.randn(5, 3)
     expected = wrapped(x)
     weight = base.x.weight + adapter["projector.x"].dense()
@@ -190,7 +190,7 @@ def test_old_configurations_lack_what_came_later_and_are_read():
     ],
 )
 def test_the_component_is_told_by_the_configuration_or_the_names(config, names, component):
-    assert peft.component_of(names, config) == component
+    assert peft_names.component_of(names, config) == component
 
 
 def test_unknown_keys_are_refused():

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import mmpeft
-from mmpeft.adapter_file import load
+from mmpeft.adapter import load_adapter
 from mmpeft.routing import embed
 
 
@@ -22,7 +22,7 @@ def photos(tmp_path_factory):
 
 def trained_card(photos, base, out, **settings):
     overrides = {"train.steps": 1, "base.precision": "fp32", "method.rank": 2, **settings}
-    return load(mmpeft.train(photos, base=str(base), out=out, overrides=overrides).adapter_dir).card
+    return load_adapter(mmpeft.train(photos, base=str(base), out=out, overrides=overrides).adapter_dir).card
 
 
 def test_training_writes_what_the_captions_are_about_into_the_card(photos, tiny_sd_folder, tmp_path):
