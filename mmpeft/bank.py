@@ -240,21 +240,24 @@ class AdapterBank:
     def route(self, prompt: str, *, top_k: int = 2, weighting: routing.Weighting = "softmax") -> Mix:
         """Set the mix by what a prompt is about, and give it; see `mmpeft.routing.route`.
 
+        Adapters are silent while the prompt is looked at.
+
         Raises:
             BankError: the mix is fused, nothing has a tokenizer and a text encoder, or no adapter can be routed to.
             ConfigError: `top_k` is no positive number, or `weighting` is unknown.
         """
         with self._lock:
             self._refuse_fused("route")
-            mix = routing.route(
-                self,
-                prompt,
-                self._tokenizer,
-                self._modules.get("text_encoder"),
-                examples=self._examples,
-                top_k=top_k,
-                weighting=weighting,
-            )
+            with self.using({}):
+                mix = routing.route(
+                    prompt,
+                    {name: adapter.card.embedding for name, adapter in self._adapters.items()},
+                    self._tokenizer,
+                    self._modules.get("text_encoder"),
+                    examples=self._examples,
+                    top_k=top_k,
+                    weighting=weighting,
+                )
             self._set(mix)
             return mix
 

@@ -8,16 +8,13 @@ two are compared, the mean of all adapters is taken off: what they share would o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmpeft.errors import BankError, ConfigError
 from mmpeft.mix import Mix
-
-if TYPE_CHECKING:
-    from mmpeft.bank import AdapterBank
 
 Weighting = Literal["softmax", "proportional"]
 
@@ -26,8 +23,8 @@ _TEMPERATURE = 0.25
 
 
 def route(
-    bank: AdapterBank,
     prompt: str,
+    embeddings: Mapping[str, Sequence[float] | None],
     tokenizer: Any,
     text_encoder: Any,
     *,
@@ -35,14 +32,16 @@ def route(
     top_k: int = 2,
     weighting: Weighting = "softmax",
 ) -> Mix:
-    """Choose the adapters of a bank that are nearest to a prompt; their weights sum to 1.
+    """Choose the adapters that are nearest to a prompt; their weights sum to 1.
 
     Similarity is the cosine between embeddings. "softmax": weights go with exp(similarity / 0.25); "proportional": with
     the similarity, and adapters that point away from the prompt get nothing.
 
     Args:
         prompt: what is to be drawn.
-        tokenizer: the pipeline's own, as `text_encoder`; the bank's adapters are silent while it is used.
+        embeddings: of all adapters by name, each the mean over its captions, (D,), or None where the card has none.
+        tokenizer: the pipeline's own.
+        text_encoder: the pipeline's own, without adapters: what they change in it would tell for or against them.
         examples: a few prompts for adapters whose cards have no embedding, or whose cards should not count.
         top_k: how many adapters count at most.
 
@@ -57,20 +56,19 @@ def route(
     examples = examples or {}
     for name, prompts in examples.items():
         check_examples(name, prompts)
-    names = [name for name, adapter in bank.adapters.items() if name in examples or adapter.card.embedding]
+    names = [name for name, embedding in embeddings.items() if name in examples or embedding]
     if not names:
         raise BankError(
             "no adapter here can be routed to: their cards carry no embedding of their captions; describe them with a "
             "few prompts: bank.describe(name, prompts=[...])"
         )
-    with bank.using({}):
-        here = embed([prompt], tokenizer, text_encoder)[0]
-        vectors = {
-            name: embed(examples[name], tokenizer, text_encoder).mean(0)
-            if name in examples
-            else _of_card(name, bank.adapters[name].card.embedding, here)
-            for name in names
-        }
+    here = embed([prompt], tokenizer, text_encoder)[0]
+    vectors = {
+        name: embed(examples[name], tokenizer, text_encoder).mean(0)
+        if name in examples
+        else _of_card(name, embeddings[name], here)
+        for name in names
+    }
     shared = torch.stack(list(vectors.values())).mean(0) * (len(names) > 1)
     similarities = {
         name: float(torch.cosine_similarity(vector - shared, here - shared, 0))

@@ -46,7 +46,8 @@ def bank(pipe):
 
 
 def routed(bank, pipe, prompt, **settings):
-    return route(bank, prompt, pipe.tokenizer, pipe.text_encoder, **{"examples": EXAMPLES, **settings})
+    embeddings = {name: adapter.card.embedding for name, adapter in bank.adapters.items()}
+    return route(prompt, embeddings, pipe.tokenizer, pipe.text_encoder, **{"examples": EXAMPLES, **settings})
 
 
 @pytest.mark.parametrize(
@@ -98,9 +99,16 @@ def test_the_embedding_in_a_card_routes_as_its_captions_would(bank, pipe):
 
 
 def test_adapters_are_silent_while_prompts_are_embedded_and_speak_again_afterwards(bank, pipe):
-    quiet = routed(bank, pipe, "a racing car")
+    for name, prompts in EXAMPLES.items():
+        bank.describe(name, prompts)
+    quiet = bank.route("a racing car", top_k=3)
     bank.mix(animals=5.0, vehicles=-3.0)
-    assert routed(bank, pipe, "a racing car") == quiet
+    assert routed(bank, pipe, "a racing car", top_k=3) != quiet
+    assert bank.route("a racing car", top_k=3) == quiet
+    assert bank.weights == {name: weight.value for name, weight in quiet.weights.items()}
+    bank.mix(animals=5.0, vehicles=-3.0)
+    with pytest.raises(ConfigError):
+        bank.route("a racing car", top_k=0)
     assert bank.weights == {"animals": 5.0, "food": 0.0, "vehicles": -3.0}
 
 
@@ -125,10 +133,8 @@ def test_one_adapter_alone_gets_all(bank, pipe):
     ],
 )
 def test_what_cannot_be_routed_is_refused(settings, error, reason, bank, pipe):
-    bank.mix(food=0.5)
     with pytest.raises(error, match=reason):
         routed(bank, pipe, "bread", **settings)
-    assert bank.weights["food"] == 0.5
 
 
 def test_an_embedding_of_another_text_encoder_is_refused(bank, pipe):
@@ -143,9 +149,9 @@ def test_an_embedding_of_another_text_encoder_is_refused(bank, pipe):
         routed(bank, pipe, "bread", examples={})
 
 
-def test_without_a_text_encoder_there_is_no_routing(bank, pipe):
+def test_without_a_text_encoder_there_is_no_routing(pipe):
     with pytest.raises(BankError, match="a tokenizer and a text encoder"):
-        route(bank, "bread", pipe.tokenizer, None, examples=EXAMPLES)
+        route("bread", dict.fromkeys(EXAMPLES), pipe.tokenizer, None, examples=EXAMPLES)
 
 
 def test_the_bank_routes_by_what_it_was_told(bank):
