@@ -41,7 +41,7 @@ bench: setup  ## one training step at the true size of Stable Diffusion 1.5
 bench-adapters: setup  ## train and score two styles and a subject on the embedded base
 	$(BIN)/python benchmarks/adapters.py
 
-bench-fusion: setup  ## composition, live mixing and fusing beside PEFT and diffusers: under six minutes
+bench-fusion: setup  ## composition, live mixing and fusing beside PEFT and diffusers: four minutes of one core
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fusion.py
 
 pocket: setup  ## rebuild the embedded base from the published image packages: hours
