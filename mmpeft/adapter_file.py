@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from mmpeft.adapter_card import AdapterCard
-from mmpeft.base_modules import vectors_of
 from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
 from mmpeft.injection import COMPONENTS
-from mmpeft.key_formats import diffusers, kohya, peft, peft_names
+from mmpeft.key_formats import diffusers, kohya, peft, recognition
 from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.model_card import model_card
 from mmpeft.safetensors_file import PICKLES, read_header, read_tensors, serialise
@@ -42,22 +41,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 LYCORIS_WEIGHTS = "lycoris.safetensors"
 CARD = "adapter.json"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Whose keys look like what, to say so where a file holds several tools'.
-_FORMATS = {"PEFT's": peft.is_ours, "kohya's": kohya.is_ours, "diffusers'": diffusers.is_ours}
-# What the first keys of files that are no adapter look like.
-_LIKENESSES = {
-    (
-        "model.diffusion_model.",
-        "first_stage_model.",
-        "cond_stage_model.",
-    ): "a whole model's, not an adapter's",
-    (
-        "lora_A",
-        "lora_B",
-        "lora_down",
-        "lora_up",
-    ): "LoRA's, but without a component (unet., text_encoder.) in front",
-}
 
 
 def save(
@@ -159,7 +142,7 @@ def holds_adapter(file: Path) -> bool:
         keys, _ = read_header(file)
     except (AdapterError, OSError):
         return False
-    return any(is_ours(keys) for is_ours in _FORMATS.values())
+    return recognition.is_known(keys)
 
 
 def read_layers(
@@ -175,30 +158,25 @@ def read_layers(
 
     Args:
         file: tells the format's other files, and errors what to call it.
-        there: shapes of what the base has, by name on disk with the component, where it is known.
-        modules: of the base by component, where they are at hand.
-        keep_unknown: whether names that need a base stay as they are in the file, for looking at it alone.
+        there, modules, keep_unknown: as `recognition.read` takes them.
 
     Raises:
         FormatError: a key is unknown, or keys of several tools are mixed.
         BaseMismatch: names that the base does not have.
     """
-    found = {
-        name: next(key for key in tensors if is_ours([key]))
-        for name, is_ours in _FORMATS.items()
-        if is_ours(tensors)
-    }
+    is_native = file.parent.parent.name == "peft" and file.parent.name in COMPONENTS
+
+    def peft_config() -> dict[str, Any]:
+        config = file.parent / PEFT_CONFIG
+        if not config.is_file():
+            raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
+        return _read_json(config)
+
+    component = file.parent.name if is_native else None
     try:
-        if len(found) > 1:
-            examples = " and ".join(f"{name} {key!r}" for name, key in found.items())
-            raise FormatError(f"keys of {len(found)} tools are mixed, {examples}; split the file by tool")
-        if "PEFT's" in found:
-            return _read_peft(file, tensors, there, modules, keep_unknown)
-        if "kohya's" in found:
-            return kohya.read(tensors, metadata, there, keep_unknown=keep_unknown)
-        if "diffusers'" in found:
-            return diffusers.read(tensors, metadata, there)
-        raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
+        return recognition.read(
+            tensors, metadata, peft_config, component, there, modules, keep_unknown=keep_unknown
+        )
     except (FormatError, BaseMismatch) as error:
         raise type(error)(f"{file.name}: {error}") from error
 
@@ -229,47 +207,6 @@ def weights_file(path: Path) -> Path:
             f"{path} has only {pickles[0]}, a pickle, which can run code; only .safetensors is read"
         )
     raise FormatError(f"{path} has no .safetensors file; it has {', '.join(names) or 'nothing'}")
-
-
-def _read_peft(
-    file: Path,
-    tensors: Mapping[str, Tensor],
-    there: Mapping[str, tuple[int, ...]] | None,
-    modules: Mapping[str, nn.Module] | None,
-    keep_unknown: bool,
-) -> dict[str, LayerAdapter]:
-    config_file = file.parent / PEFT_CONFIG
-    if not config_file.is_file():
-        raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
-    config = _read_json(config_file)
-    component = _peft_component(file, peft.layer_names(tensors), config, there)
-    if component is None and not keep_unknown:
-        raise FormatError(
-            "it does not say which component it belongs to; give the base that it was trained on"
-        )
-    component = component or "model"
-    names = peft_names.Names(component, there)
-    model = modules.get(component) if modules is not None else None
-    vectors = vectors_of(component, model) if model is not None else {}
-
-    def bias_of(name: str) -> Tensor | None:
-        return vectors.get(f"{names.on_disk(name)}.bias")
-
-    layers = peft.read(tensors, config, names.shapes, None if model is None else bias_of)
-    return {f"{component}.{names.on_disk(name)}": layer for name, layer in layers.items()}
-
-
-def _peft_component(
-    file: Path, names: Iterable[str], config: Mapping[str, Any], there: Mapping[str, tuple[int, ...]] | None
-) -> str | None:
-    """Tell which component a PEFT file belongs to: by its native folder, its configuration, its names or the base."""
-    if file.parent.parent.name == "peft" and file.parent.name in COMPONENTS:
-        return file.parent.name
-    known = {name.partition(".")[0] for name in there or ()}
-    component = peft_names.component_of(names, config)
-    if len(known) == 1 and component not in known:
-        (component,) = known
-    return component
 
 
 def read_card(weights: Path) -> AdapterCard:
@@ -310,14 +247,6 @@ def _check_scale(title: str, layer: LayerAdapter) -> None:
     scale = getattr(layer, "scale", 1.0)
     if isinstance(scale, float | int) and not math.isfinite(scale):
         raise FormatError(f"{title} has alpha {getattr(layer, 'alpha', scale)}, which gives no finite change")
-
-
-def _likeness(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    for signs, words in _LIKENESSES.items():
-        if any(sign in key for key in keys[:100] for sign in signs):
-            return f"{words} (first {keys[0]!r})"
-    return f"no adapter's (first {keys[0]!r})"
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmpeft.backbones.pocket import pocket_folder
 from mmpeft.errors import AdapterError, BaseError, BaseMismatch
-from mmpeft.injection import COMPONENTS, live_parameters, shapes, vector_layers
+from mmpeft.injection import COMPONENTS, live_parameters, shapes
 from mmpeft.layer_adapter import LayerAdapter, by_component, shapes_agree
 
 
@@ -108,11 +108,3 @@ def weights_of(
             # a quantised weight is there in another shape
             if is_plain and shapes_agree(tuple(layer.shape), tuple(weight.shape)):
                 yield f"{component}.{disk}", weight.detach()
-
-
-def vectors_of(component: str, model: nn.Module) -> dict[str, Tensor]:
-    """Give a model's biases and norms' gains by name on disk without the component, by reference."""
-    return {
-        disk: getattr(model.get_submodule(live), attribute).detach()
-        for disk, (live, attribute) in vector_layers(component, model).items()
-    }

@@ -84,6 +84,14 @@ def live_parameters(component: str, model: nn.Module) -> dict[str, tuple[str, Li
     return layers | vector_layers(component, model)
 
 
+def vectors_of(component: str, model: nn.Module) -> dict[str, Tensor]:
+    """Give a model's biases and norms' gains by name on disk without the component, by reference."""
+    return {
+        disk: getattr(model.get_submodule(live), attribute).detach()
+        for disk, (live, attribute) in vector_layers(component, model).items()
+    }
+
+
 def shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Give the shape of everything that an adapter can change, by name on disk with the component in front.
 

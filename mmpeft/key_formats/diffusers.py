@@ -19,7 +19,6 @@ from torch import Tensor
 from mmpeft.errors import FormatError
 from mmpeft.injection import COMPONENTS
 from mmpeft.key_formats import kohya_names, peft, peft_methods
-from mmpeft.key_formats.peft_names import live_of
 from mmpeft.layer_adapter import LayerAdapter
 
 SETTINGS_KEY = "lora_adapter_metadata"
@@ -88,7 +87,7 @@ def _layers_from(
     name, kind = f"{component}.{layer}", settings.get("peft_type", "LORA")
     if kind in peft_methods.ENDINGS:
         # their patterns are about live names
-        live = live_of(layer) if component.startswith("text_encoder") else layer
+        live = peft.live_of(layer) if component.startswith("text_encoder") else layer
         shape, bias_shape = shapes.get(name), shapes.get(f"{name}.bias")
         return peft_methods.peft_layer_from(kind, settings, live, parts, shape, bias_shape)
     if others := sorted(parts.keys() & set(_OTHER_ENDINGS.values())):

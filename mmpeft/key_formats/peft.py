@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.key_formats import peft_methods, peft_settings
-from mmpeft.key_formats.peft_names import live_of
 from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.dora import DoraLayer
 from mmpeft.methods.full import FullLayer
@@ -279,6 +278,11 @@ def layer_from(
             f"{name} has magnitudes {tuple(magnitude.shape)}; {expected} are needed, one per output"
         )
     return DoraLayer(A, B, alpha, rslora, lora_magnitude_vector=magnitude)
+
+
+def live_of(name: str) -> str:
+    """Give the name of a layer in today's module tree: transformers 5 has no `text_model.` in CLIPTextModel."""
+    return name.removeprefix("text_model.")
 
 
 def _pattern(name: str) -> str:

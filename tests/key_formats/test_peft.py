@@ -7,7 +7,7 @@ from torch import nn
 from mmpeft.adapter import load_adapter
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.exporting import export
-from mmpeft.key_formats import peft, peft_names
+from mmpeft.key_formats import peft, peft_component
 from mmpeft.methods.lora import LoraLayer
 
 A, B = torch.ones(2, 3), torch.ones(4, 2)
@@ -190,7 +190,7 @@ def test_old_configurations_lack_what_came_later_and_are_read():
     ],
 )
 def test_the_component_is_told_by_the_configuration_or_the_names(config, names, component):
-    assert peft_names.component_of(names, config) == component
+    assert peft_component.component_of(names, config) == component
 
 
 def test_unknown_keys_are_refused():
