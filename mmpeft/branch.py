@@ -6,8 +6,9 @@ For a layer y = W x + b, with the vector and all gains of the mix at their weigh
 
 It is a forward hook. Where the changed weight W' = W + B_all diag(vector) A_all + ... is cheaper to make than the
 branch is to run (many tokens, or whole passes of the layer saved), a pre-hook gives the layer an empty batch, which
-costs microseconds, and the hook computes the output with W'. Only in float32: half precision would round away part of
-the change in W', which the branch keeps. And only where nobody else can see the layer's input.
+costs microseconds, and the hook computes the output with W', which small layers keep until the next mix. Only in
+float32: half precision would round away part of the change in W', which the branch keeps. And only where nobody else
+can see the layer's input.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ Part = Literal["weight", "bias"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Reading and writing an entry of the weight takes as long as this many multiplications.
 _ENTRY = 40
+# Changed weights of up to so many entries are kept whatever the adapters' size.
+_SMALL = 1 << 16
 
 
 def branch_of(layer: nn.Module, name: str, capacity: int | None) -> Branch | None:
@@ -234,6 +237,9 @@ class LayerBranch(Branch):
         self._outputs, self._inputs = Vectors(self._is_static), Vectors(self._is_static)
         self._wholes = Wholes(self._shape, self._is_static)
         self._held: dict[int, Tensor] = {}  # inputs on their way from the pre-hook to the hook, by thread
+        self._kept: tuple[tuple[int, float], Tensor] | None = (
+            None  # the changed weight, and what it was made of
+        )
         self._settle()
 
     def before(
@@ -244,10 +250,15 @@ class LayerBranch(Branch):
             return None
         if self.conditions is not None or kwargs or len(args) != 1:
             return None
-        if not self._can_change(args[0]) or not self._is_changing_cheaper(args[0]):
+        if not self._can_change(args[0]) or not (self._may_keep() or self._is_changing_cheaper(args[0])):
             return None
         self._held[threading.get_ident()] = args[0]
         return (args[0][:0],), kwargs
+
+    def mix(self, weights: Mapping[str, float], conditions: Any = None) -> None:
+        """Set the weights of the adapters that are here, in place."""
+        super().mix(weights, conditions)
+        self._kept = None
 
     def attach(self) -> None:
         """Hook the branch on its layer."""
@@ -282,7 +293,11 @@ class LayerBranch(Branch):
         return [*low_rank, *whole, *(gain * weight for gain in gains)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_held": {}}
+        return {**super().__getstate__(), "_held": {}, "_kept": None}
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._kept = None
 
     def _slots(self) -> tuple[Slots, ...]:
         return self._ranks, self._outputs, self._inputs, self._wholes, self._biases
@@ -362,8 +377,28 @@ class LayerBranch(Branch):
         return add(output, hidden, B, may_overwrite)
 
     def _changed(self) -> tuple[Tensor, Tensor | None]:
-        """Make the changed weight and bias."""
-        weight, bias = self.layer.weight, self.layer.bias
+        """Give the changed weight and bias; the weight is kept where that takes little memory."""
+        bias = self.layer.bias
+        if self._biases.counts:
+            bias = self._biases.sum() if bias is None else bias + self._biases.sum()
+        if not self._may_keep():
+            return self._changed_weight(), bias
+        weight = self.layer.weight
+        # in float32 the sum tells what others change in the weight, which `weight.data += ...` does without a trace
+        seen = weight.data_ptr(), float(weight.sum())
+        if self._kept is None or self._kept[0] != seen:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = seen, self._changed_weight()
+        return self._kept[1], bias
+
+    def _may_keep(self) -> bool:
+        """Whether the changed weight is small, or hardly larger than the adapters; its check would hold a GPU up."""
+        out, inputs = matrix_shape(self._shape)
+        is_small = out * inputs <= max(_SMALL, 2 * self._ranks.count * (out + inputs))
+        return is_small and bool(self.layer.weight.device.type == "cpu")
+
+    def _changed_weight(self) -> Tensor:
+        weight: Tensor = self.layer.weight
         changed = weight
         if self._outputs.counts:
             changed = torch.addcmul(changed, weight, _along(0, self._outputs.sum(), weight))
@@ -376,9 +411,7 @@ class LayerBranch(Branch):
             changed = torch.addmm(changed.flatten(1), B * weights, A.flatten(1)).view_as(weight)
         if changed.stride() != weight.stride():  # the memory format decides the output's
             changed = torch.empty_like(weight).copy_(changed)
-        if self._biases.counts:
-            bias = self._biases.sum() if bias is None else bias + self._biases.sum()
-        return changed, bias
+        return changed
 
     def _run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._is_conv:

@@ -82,7 +82,7 @@ def test_every_kind_of_change_mixes_live(kind, with_gradients, capacity):
     layer = LAYERS[kind]()
     adapters = kinds(layer.weight)
     bank, model = with_bank(layer, adapters, capacity=capacity)
-    # one token takes the branch, many take the changed weight where no gradient is wanted
+    # the branch where gradients are wanted, else the changed weight
     for x in (input_for(layer), input_for(layer, batch=300)):
         for mix in MIXES:
             bank.mix(mix)
@@ -91,6 +91,48 @@ def test_every_kind_of_change_mixes_live(kind, with_gradients, capacity):
                 torch.testing.assert_close(model(x), expected, **CLOSE)
         bank.mix()
         torch.testing.assert_close(model(x), layer.forward(x), **CLOSE)
+
+
+@pytest.mark.parametrize("capacity", [None, 7])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.filterwarnings("ignore:.*has no room in what was reserved")
+def test_large_layers_compute_the_same_by_the_branch_and_by_the_changed_weight(kind, capacity):
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 260) if kind == "linear" else nn.Conv2d(100, 90, 3)
+    adapters = kinds(layer.weight)
+    bank, model = with_bank(layer, adapters, capacity=capacity)
+    few, many = (
+        (draw(3, 300), draw(6000, 300)) if kind == "linear" else (draw(1, 100, 4, 4), draw(3, 100, 30, 30))
+    )
+    branch = bank._branches["language_model.0"]
+    with torch.no_grad():
+        for x, is_changed in ((few, False), (many, True)):
+            bank.mix(lora=1.0)
+            assert (branch.before(layer, (x,), {}) is not None) == is_changed
+            branch._held.clear()
+            for mix in MIXES:
+                bank.mix(mix)
+                # sums of some thousand terms of size 10
+                expected = changed(layer, adapters, mix).forward(x)
+                assert (model(x) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_branch_follows_changes_of_the_base():
+    layer = nn.Linear(6, 5)
+    adapters = kinds(layer.weight)
+    bank, model = with_bank(layer, {"lora": adapters["lora"]})
+    bank.mix(lora=1.0)
+    x = input_for(layer)
+    with torch.no_grad():
+        before = model(x)
+        layer.weight.data += 1e-3  # which leaves no trace in the parameter
+        expected = before + 1e-3 * x.sum(-1, keepdim=True)
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+        layer.weight[0, 0] -= 0.1
+        expected[..., 0] -= 0.1 * x[..., 0]
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+        layer.bias += 1
+        torch.testing.assert_close(model(x), expected + 1, **CLOSE)
 
 
 def test_gradients_flow_through_the_branch_as_through_the_changed_weight():
