@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmpeft import adapter_file
@@ -17,6 +16,7 @@ from mmpeft.errors import AdapterError
 from mmpeft.injection import shapes
 from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.plugins import near_miss
+from mmpeft.safetensors_file import stored_bytes
 
 
 class Adapter(Mapping[str, LayerAdapter]):
@@ -48,7 +48,7 @@ class Adapter(Mapping[str, LayerAdapter]):
             sha.update(f"{name} {layer.method} {layer.settings}".encode())
             for part, tensor in sorted(layer.tensors.items()):
                 sha.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                sha.update(stored_bytes(tensor))
         return sha.hexdigest()
 
     def __getitem__(self, layer: str) -> LayerAdapter:

@@ -25,7 +25,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmpeft.adapter_card import AdapterCard
@@ -64,7 +63,7 @@ def save(
     if not layers:
         raise AdapterError("the adapter is empty; there is nothing to save")
     for name, layer in layers.items():
-        _check_finite(f"cannot save {name}", layer.tensors)
+        layer.check_finite(f"cannot save {name}")
     contents = _weights(by_component(layers), card.base)
     contents[CARD] = _json({"format": 1, **asdict(card)})
     contents["README.md"] = model_card(layers, card, sorted(files), WEIGHTS in contents).encode()
@@ -131,7 +130,7 @@ def read(
     """
     layers = read_layers(file, *read_tensors(file), there, modules)
     for name, layer in layers.items():
-        _check_finite(f"{file.name}: {name}", layer.tensors)
+        layer.check_finite(f"{file.name}: {name}")
         _check_scale(f"{file.name}: {name}", layer)
     return layers, read_card(file)
 
@@ -232,15 +231,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise FormatError(f"{file.name} is no JSON object")
     return data
-
-
-def _check_finite(title: str, tensors: Mapping[str, Tensor]) -> None:
-    for part, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            share = 1 - float(torch.isfinite(tensor).float().mean())
-            raise FormatError(
-                f"{title} has numbers that are not finite in {part} ({100 * share:.0f} % of them)"
-            )
 
 
 def _check_scale(title: str, layer: LayerAdapter) -> None:

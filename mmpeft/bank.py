@@ -39,6 +39,7 @@ from mmpeft.injection import live_parameters
 from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.mix import Mix, Weight
 from mmpeft.plugins import near_miss
+from mmpeft.safetensors_file import stored_bytes
 
 
 def attach(model: Any, *, capacity: int | None = None) -> AdapterBank:
@@ -342,7 +343,7 @@ class AdapterBank:
         for component, module in sorted(self._modules.items()):
             for name, tensor in sorted(module.state_dict().items()):
                 sha.update(f"{component}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                sha.update(stored_bytes(tensor))
         return sha.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -384,10 +385,14 @@ class AdapterBank:
     def _set(self, mix: Mix) -> None:
         mix = Mix({name: weight for name, weight in mix.weights.items() if name in self._adapters})
         self._conditions.set_mix(mix)
+        everywhere = {
+            name: mix.weights[name].value if name in mix.weights else 0.0 for name in self._adapters
+        }
+        by_block = [name for name, weight in mix.weights.items() if weight.blocks]
         varying = {name for name, weight in mix.weights.items() if weight.varies}
         for layer, branch in self._branches.items():
             if branch.names:
-                weights = {name: mix.at(name, layer) for name in branch.names}
+                weights = everywhere | {name: mix.at(name, layer) for name in by_block}
                 branch.mix(weights, self._conditions if varying.intersection(branch.names) else None)
         self._mix = mix
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from mmpeft.delta import Delta
-from mmpeft.errors import AdapterError
+from mmpeft.errors import AdapterError, FormatError
 
 
 class LayerAdapter(ABC):
@@ -53,6 +54,22 @@ class LayerAdapter(ABC):
         What does not depend on the weight gives itself.
         """
         return self
+
+    def check_finite(self, title: str) -> None:
+        """Refuse tensors with numbers that are not finite.
+
+        Args:
+            title: what the error calls the layer.
+
+        Raises:
+            FormatError: so, with how many they are.
+        """
+        for part, tensor in self.tensors.items():
+            if not torch.isfinite(tensor).all():
+                share = 1 - float(torch.isfinite(tensor).float().mean())
+                raise FormatError(
+                    f"{title} has numbers that are not finite in {part} ({100 * share:.0f} % of them)"
+                )
 
     @abstractmethod
     def delta(self, weight: Tensor | None = None) -> Delta:

@@ -81,18 +81,22 @@ def read_header(file: Path) -> tuple[list[str], dict[str, str]]:
     return _checked(file.name, header, size - 8 - length)
 
 
+def stored_bytes(tensor: Tensor) -> memoryview:
+    """Give a tensor's bytes as a file has them: entries in their logical order, whatever the layout in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Write safetensors bytes with everything sorted; the library's own writer orders metadata at random."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    chunks: list[bytes] = []
+    chunks: list[memoryview] = []
     place = 0
     # wide types first, so that every tensor is aligned, as the library does it
     for key, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        plain = tensor.detach().cpu().contiguous()
-        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        data = stored_bytes(tensor)
         header[key] = {
-            "dtype": _TYPES[plain.dtype],
-            "shape": list(plain.shape),
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [place, place + len(data)],
         }
         place += len(data)

@@ -22,6 +22,7 @@ from mmpeft.diffusion.noise_schedule import NoiseSchedule
 from mmpeft.errors import BaseError, ConfigError
 from mmpeft.injection import live_layers
 from mmpeft.plugins import near_miss
+from mmpeft.safetensors_file import stored_bytes
 
 _ATTENTION = (
     "to_q",
@@ -403,7 +404,5 @@ def _digest(weights: Mapping[str, Tensor], settings: str) -> str:
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
-        # The logical order of entries: a channels-last layout must not change the digest.
-        values = tensor.detach().cpu().contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(stored_bytes(tensor))
     return digest.hexdigest()

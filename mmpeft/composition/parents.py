@@ -9,15 +9,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
 from mmpeft.base_modules import modules_of
 from mmpeft.delta import Delta, Dense, LowRank, Sum
-from mmpeft.errors import AdapterError, BaseMismatch, ConfigError, FormatError, MethodError
+from mmpeft.errors import AdapterError, BaseMismatch, ConfigError, MethodError
 from mmpeft.injection import shapes
-from mmpeft.layer_adapter import LayerAdapter, shapes_agree
+from mmpeft.layer_adapter import shapes_agree
 
 
 class Parents(Sequence[Adapter]):
@@ -93,7 +91,7 @@ class Parents(Sequence[Adapter]):
         if layer not in layers:
             return None
         layer_adapter = layers[layer]
-        _check_finite(title, layer, layer_adapter)
+        layer_adapter.check_finite(f"{title}: {layer}")
         try:
             delta = layer_adapter.delta()
         except AdapterError as error:
@@ -189,9 +187,3 @@ def _check_methods(title: str, adapter: Adapter) -> None:
             raise MethodError(f"{title}: {error}") from error
         except AdapterError:
             pass  # without its base's weight; of no matter for layers that are not asked for
-
-
-def _check_finite(title: str, layer: str, layer_adapter: LayerAdapter) -> None:
-    for part, tensor in layer_adapter.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise FormatError(f"{title}: {layer} has numbers that are not finite in its {part}")

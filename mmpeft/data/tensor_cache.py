@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from mmpeft.errors import DataError
+from mmpeft.safetensors_file import stored_bytes
 
 CODE_VERSION = 1
 """Part of every key; to be raised when what is computed from the same input changes."""
@@ -85,7 +85,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     state = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        state.update(stored_bytes(tensor))
     return state.hexdigest()
 
 

@@ -480,7 +480,7 @@ def test_what_is_no_adapter_is_refused(adapters, kind, sentence):
 def test_numbers_that_are_not_finite_are_refused_by_adapter_and_layer(broken):
     bad = make(2)
     bad[CONV].lora_B[0, 0] = broken
-    with pytest.raises(FormatError, match=f"adapter 2: {CONV} has numbers that are not finite in its lora_B"):
+    with pytest.raises(FormatError, match=f"adapter 2: {CONV} has numbers that are not finite in lora_B"):
         mmpeft.compose([(make(1), 1.0), (bad, 0.5)])
 
 
