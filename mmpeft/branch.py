@@ -75,7 +75,7 @@ class Branch(ABC):
         self._packed: tuple[torch.device, torch.dtype] | None = None
 
     @abstractmethod
-    def _slots(self) -> tuple[Slots, ...]:
+    def _slots(self) -> tuple[Slots[Any], ...]:
         """Give all kinds of slots."""
 
     @abstractmethod
@@ -279,7 +279,7 @@ class LayerBranch(Branch):
         """Say what a change needs beyond what was reserved; "" if there is room, or nothing was reserved."""
         if part == "bias" or not isinstance(delta, LowRank):
             return super().lacks_room_for(part, delta)
-        free = self._ranks.owners.count("")
+        free = self._ranks.free
         return f"{delta.rank} ranks where {free} are free" if self._is_static and delta.rank > free else ""
 
     def changes(self, part: Part) -> list[Tensor]:
@@ -299,7 +299,7 @@ class LayerBranch(Branch):
         super()._settle()
         self._kept = None
 
-    def _slots(self) -> tuple[Slots, ...]:
+    def _slots(self) -> tuple[Slots[Any], ...]:
         return self._ranks, self._outputs, self._inputs, self._wholes, self._biases
 
     def _put(self, name: str, part: Part, delta: Delta) -> None:
@@ -475,7 +475,7 @@ class NormBranch(Branch):
         """Build the mix's change of the gain ("weight") or the bias, as float32 tensors to add; empty if none."""
         return (self._gains if part == "weight" else self._biases).change(self._weights)
 
-    def _slots(self) -> tuple[Slots, ...]:
+    def _slots(self) -> tuple[Slots[Any], ...]:
         return self._gains, self._biases
 
     def _put(self, name: str, part: Part, delta: Delta) -> None:
