@@ -30,14 +30,16 @@ from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
 from mmpeft.base_modules import check_fits, modules_of
 from mmpeft.batch_layout import BatchLayout
-from mmpeft.branch import Branch, Part, branch_of
+from mmpeft.branch import Branch, Part
 from mmpeft.conditions import Conditions
 from mmpeft.delta import Delta
 from mmpeft.errors import BankError, BaseMismatch, ConfigError, MethodError
 from mmpeft.fusing import Fusion, FusionReport
-from mmpeft.injection import live_parameters
+from mmpeft.injection import is_adaptable, live_parameters
 from mmpeft.layer_adapter import LayerAdapter
+from mmpeft.layer_branch import LayerBranch
 from mmpeft.mix import Mix, Weight
+from mmpeft.norm_branch import NormBranch, is_norm
 from mmpeft.plugins import near_miss
 from mmpeft.safetensors_file import stored_bytes
 
@@ -359,7 +361,7 @@ class AdapterBank:
         for disk, (live, part) in live_parameters(component, module).items():
             owner = f"{component}.{disk.removesuffix('.bias') if part == 'bias' else disk}"
             if owner not in self._branches:
-                branch = branch_of(module.get_submodule(live), owner, capacity)
+                branch = _branch_of(module.get_submodule(live), owner, capacity)
                 if branch is None:
                     continue
                 self._branches[owner] = branch
@@ -502,6 +504,12 @@ class AdapterBank:
         for owner in (*branches, *(getattr(hook, "__self__", None) for hook in hooks)):
             if isinstance(owner, Branch | Conditions):
                 owner.detach()
+
+
+def _branch_of(layer: nn.Module, name: str, capacity: int | None) -> Branch | None:
+    if is_adaptable(layer) or isinstance(layer, nn.Conv2d):
+        return LayerBranch(layer, name, capacity)
+    return NormBranch(layer, name, capacity) if is_norm(layer) else None
 
 
 def _origin(model: Any) -> str:
