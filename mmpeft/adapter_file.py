@@ -220,14 +220,17 @@ def read_card(weights: Path) -> AdapterCard:
         return AdapterCard()
     known = {field.name for field in fields(AdapterCard)}
     values = {key: value for key, value in _read_json(file).items() if key in known}
-    return AdapterCard(**{**values, "parents": tuple(values.get("parents") or ())})
+    parents = values.get("parents") or []
+    if not isinstance(parents, list):
+        raise FormatError(f"{CARD} has parents {str(parents)[:80]!r}; a list is needed")
+    return AdapterCard(**{**values, "parents": tuple(parents)})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{file.name} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file.name} is no JSON: {str(error)[:120]}") from error
     if not isinstance(data, dict):
         raise FormatError(f"{file.name} is no JSON object")
     return data

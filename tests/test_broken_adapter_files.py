@@ -59,6 +59,17 @@ def saved(tensors, metadata=None):
     return write
 
 
+def peft_folder(config):
+    def write(folder):
+        save_file(
+            {f"base_model.model.{k[5:]}": t for k, t in PAIR.items()}, folder / "adapter_model.safetensors"
+        )
+        (folder / "adapter_config.json").write_text(config)
+        return folder
+
+    return write
+
+
 A, B = torch.ones(2, 3), torch.ones(4, 2)
 PAIR = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B}
 KOHYA = {"lora_unet_conv_in.lora_down.weight": A, "lora_unet_conv_in.lora_up.weight": B}
@@ -180,6 +191,58 @@ BROKEN = {
         saved({**PAIR, "unet.a.alpha": torch.tensor(float("nan"))}),
         FormatError,
         "unet.a has alpha nan, which gives no finite change",
+    ),
+    "alpha a vector": (
+        saved({**PAIR, "unet.a.alpha": torch.ones(2)}),
+        FormatError,
+        r"unet.a has alpha \(2,\); one number is needed",
+    ),
+    "no rank": (
+        saved({"unet.a.lora_A.weight": torch.ones(0, 3), "unet.a.lora_B.weight": torch.ones(4, 0)}),
+        FormatError,
+        "unet.a has no numbers in lora_A",
+    ),
+    **{
+        f"settings {title}": (saved(PAIR, {"lora_adapter_metadata": text}), FormatError, words)
+        for title, text, words in [
+            ("nested too deep", "[" * 100_000, "lora_adapter_metadata is no JSON object"),
+            ("with a rank that is no number", '{"unet.r": "x"}', "r = 'x'; a number is needed"),
+            ("without alpha", '{"unet.lora_alpha": null}', "lora_alpha = 'None'; a number is needed"),
+            (
+                "with patterns in a list",
+                '{"unet.alpha_pattern": [1]}',
+                "alpha_pattern = .*; a table is needed",
+            ),
+            (
+                "with a pattern that is none",
+                '{"unet.rank_pattern": {"((": 2}}',
+                "a regular expression without",
+            ),
+            (
+                "with a pattern that never ends",
+                '{"unet.alpha_pattern": {"(([a-z_.0-9]+)+)+X": 1}}',
+                "without nested repetitions",
+            ),
+            ("of no method", '{"unet.peft_type": ["x"]}', "peft_type = .*; a name is needed"),
+        ]
+    },
+    "layers nested too deep": (
+        saved(KOHYA, {"mmpeft_layers": "[" * 100_000}),
+        FormatError,
+        "mmpeft_layers is no JSON object",
+    ),
+    **{
+        f"PEFT's settings {title}": (peft_folder(text), FormatError, words)
+        for title, text, words in [
+            ("nested too deep", "[" * 100_000, "adapter_config.json is no JSON"),
+            ("with a huge number", '{"r": ' + "9" * 5000 + "}", "adapter_config.json is no JSON"),
+            ("with a mapping that is none", '{"auto_mapping": "x"}', "auto_mapping = 'x'; a table is needed"),
+        ]
+    },
+    "card": (
+        lambda folder: (folder / "adapter.json").write_text('{"parents": 5}') and saved(PAIR)(folder),
+        FormatError,
+        "adapter.json has parents '5'; a list is needed",
     ),
     "kohya NaN": (
         saved({**KOHYA, "lora_unet_conv_in.lora_up.weight": B * float("inf")}),

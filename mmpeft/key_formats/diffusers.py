@@ -28,6 +28,8 @@ _LEGACY_ENDINGS = {
     ".lora.up.weight": "lora_B",
     ".lora_linear_layer.down.weight": "lora_A",
     ".lora_linear_layer.up.weight": "lora_B",
+    ".lora.up.bias": "lora_B_bias",
+    ".lora_linear_layer.up.bias": "lora_B_bias",
     ".lora.alpha": "alpha",
     ".lora_linear_layer.alpha": "alpha",
     ".alpha": "alpha",
@@ -98,6 +100,8 @@ def _layers_from(
     if "alpha" in parts:
         if settings:
             raise FormatError(f"{name} states its alpha twice, as a tensor and in the header")
+        if parts["alpha"].numel() != 1:
+            raise FormatError(f"{name} has alpha {tuple(parts['alpha'].shape)}; one number is needed")
         alpha = float(parts["alpha"])
     return peft.layers_from(name, parts, rank, alpha, rslora)
 
@@ -170,7 +174,7 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         for key, value in flat.items():
             component, dot, name = key.partition(".")
             nested.setdefault(component if dot else "", {})[name if dot else key] = value
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise FormatError(f"the header's {SETTINGS_KEY} is no JSON object") from error
     for config in nested.values():
         peft.refuse_unheld(config)

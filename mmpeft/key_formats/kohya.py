@@ -189,7 +189,7 @@ def _split(key: str, tensor: Tensor) -> tuple[str, str, Tensor]:
 def _is_rslora(metadata: Mapping[str, str]) -> bool:
     try:
         return json.loads(metadata.get("ss_network_args", "{}")).get("rs_lora") in (True, "True", "true", "1")
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return False  # a remark of the training, which decides for few files
 
 
@@ -278,7 +278,7 @@ def _stated_names(metadata: Mapping[str, str]) -> dict[str, str]:
         return {}
     try:
         names = {str(stem): str(name) for stem, name in json.loads(metadata[LAYERS_KEY]).items()}
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise FormatError(f"the header's {LAYERS_KEY} is no JSON object") from error
     for name in names.values():
         if name.partition(".")[0] not in COMPONENTS:

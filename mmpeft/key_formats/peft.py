@@ -92,8 +92,9 @@ def refuse_unheld(config: Mapping[str, Any]) -> None:
     """Refuse settings whose effect the tensors of layers do not hold.
 
     Raises:
-        FormatError: naming the first of them.
+        FormatError: naming the first of them, or a value of the wrong kind.
     """
+    peft_settings.check_settings(config)
     for name, (harmless, meaning) in _REFUSED.items():
         if config.get(name, harmless) not in (harmless, None, [], {}):
             raise FormatError(f"this adapter cannot be read: {meaning} ({name} = {config[name]!r})")
@@ -259,6 +260,8 @@ def layer_from(
     A, B, magnitude = (parts.get(part) for part in ("lora_A", "lora_B", "lora_magnitude_vector"))
     if A is None or B is None:
         raise FormatError(f"{name} has no lora_{'A' if A is None else 'B'}")
+    if not A.numel() or not B.numel():
+        raise FormatError(f"{name} has no numbers in lora_{'B' if A.numel() else 'A'}")
     is_linear = A.ndim == B.ndim == 2
     is_conv = A.ndim == B.ndim == 4 and B.shape[2:] == (1, 1)
     if not (is_linear or is_conv):

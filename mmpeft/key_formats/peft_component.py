@@ -21,7 +21,15 @@ _CLASSES = {
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder_2",
 }
-_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.")
+_UNET_BLOCKS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in",
+    "conv_out",
+    "time_embedding.",
+    "add_embedding.",
+)
 
 
 def read(
@@ -44,6 +52,7 @@ def read(
     Raises:
         FormatError: nothing tells the component, or what `peft.read` refuses.
     """
+    peft.refuse_unheld(config)
     component = component or _component_in(there, component_of(peft.layer_names(tensors), config))
     if component is None and not keep_unknown:
         raise FormatError(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmpeft.errors import MethodError
+from mmpeft.errors import FormatError, MethodError
 from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.ia3 import Ia3Layer
 from mmpeft.methods.loha import LohaLayer
@@ -22,6 +22,48 @@ _TYPES: dict[type[LayerAdapter], str] = {
 }
 # The series that PEFT has in place of the inverse was another one before.
 NEUMANN_SINCE = "0.18.0"
+_NUMBERS = ("r", "lora_alpha", "alpha", "eps", "num_cayley_neumann_terms")
+# A repeated group that ends in a repetition, "(a+)+", takes exponential time on names that it does not match.
+_NESTED_REPETITION = re.compile(r"[*+}]\)+[*+{]")
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration whose values are of another kind than PEFT's, before any of them is used.
+
+    Raises:
+        FormatError: naming the first of them.
+    """
+    for name in _NUMBERS:
+        if name in config:
+            _expect(_is_number(config[name]), name, "a number", config[name])
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        _expect(isinstance(patterns, Mapping), name, "a table", patterns)
+        for pattern, value in patterns.items():
+            _expect(_is_number(value), f"{name} {pattern!r}", "a number", value)
+            _expect(_is_safe(pattern), name, "a regular expression without nested repetitions", pattern)
+    if isinstance(modules := config.get("feedforward_modules"), str):
+        _expect(_is_safe(modules), "feedforward_modules", "a regular expression", modules)
+    mapping, kind = config.get("auto_mapping") or {}, config.get("peft_type", "")
+    _expect(isinstance(mapping, Mapping), "auto_mapping", "a table", mapping)
+    _expect(isinstance(kind, str | None), "peft_type", "a name", kind)
+
+
+def _expect(fits: bool, name: str, needed: str, value: Any) -> None:
+    if not fits:
+        raise FormatError(f"the settings have {name} = {str(value)[:80]!r}; {needed} is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_safe(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return not _NESTED_REPETITION.search(pattern)
 
 
 def peft_config_of(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:

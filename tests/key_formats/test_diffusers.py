@@ -195,8 +195,9 @@ def test_other_methods_that_diffusers_saves_and_does_not_load_are_read(kind, for
         torch.testing.assert_close(plain(x) + change, adapted(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_bias_in_lora_b_is_a_change_of_its_own():
-    tensors = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, "unet.a.lora_B.bias": torch.ones(4)}
+@pytest.mark.parametrize("ending", ["lora_B.bias", "lora.up.bias", "lora_linear_layer.up.bias"])
+def test_a_bias_in_lora_b_is_a_change_of_its_own(ending):
+    tensors = {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, f"unet.a.{ending}": torch.ones(4)}
     settings = {"unet.r": 2, "unet.lora_alpha": 6, "unet.lora_bias": True}
     layers = diffusers.read(tensors, {"lora_adapter_metadata": json.dumps(settings)})
     torch.testing.assert_close(layers["unet.a.bias"].dense(), 3 * torch.ones(4))
