@@ -19,7 +19,7 @@ from mmpeft.errors import BaseMismatch, FormatError, MethodError
 from mmpeft.injection import COMPONENTS
 from mmpeft.key_formats import kohya_metadata, kohya_names, lycoris
 from mmpeft.key_formats.kohya_names import flattened
-from mmpeft.layer_adapter import LayerAdapter
+from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -194,7 +194,10 @@ def _is_rslora(metadata: Mapping[str, str]) -> bool:
 
 
 def _names(
-    stems: Iterable[str], metadata: Mapping[str, str], shapes: Shapes | None, keep_unknown: bool
+    stems: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str],
+    shapes: Shapes | None,
+    keep_unknown: bool,
 ) -> dict[str, str]:
     """Find the layer, with its component, that each flattened name means."""
     stated = _stated_names(metadata)
@@ -203,6 +206,9 @@ def _names(
     unknown: list[str] = []
     for stem in stems:
         found = (stated[stem],) if stem in stated else find(stem)
+        if len(found) > 1 and shapes is not None:
+            # SDXL's text encoders have the same names and other widths
+            found = tuple(name for name in found if _fits(name, stems[stem], shapes)) or found
         if len(found) > 1 and not keep_unknown:
             hint = "give as base only the component that it is for" if shapes else "give the base"
             raise FormatError(f"{stem!r} can mean {' or '.join(found)}; {hint}")
@@ -227,6 +233,11 @@ def _names(
             f"{_reason(unknown, names, shapes)}"
         )
     return names
+
+
+def _fits(name: str, parts: Mapping[str, Tensor], shapes: Shapes) -> bool:
+    layer = lycoris.layer_from(name, parts, shapes[name]).get("")
+    return layer is None or shapes_agree(tuple(layer.shape), shapes[name])
 
 
 class _Finder:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmpeft.errors import FormatError
 from mmpeft.key_formats import diffusers, kohya, peft, peft_component
-from mmpeft.layer_adapter import LayerAdapter
+from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 
 # Whose keys look like what, to say so where a file holds several tools'.
 _FORMATS = {"PEFT's": peft.is_ours, "kohya's": kohya.is_ours, "diffusers'": diffusers.is_ours}
@@ -69,14 +69,29 @@ def read(
         examples = " and ".join(f"{name} {key!r}" for name, key in found.items())
         raise FormatError(f"keys of {len(found)} tools are mixed, {examples}; split the file by tool")
     if "PEFT's" in found:
-        return peft_component.read(
-            tensors, peft_config(), component, there, modules, keep_unknown=keep_unknown
-        )
+        config = peft_config()
+        layers = peft_component.read(tensors, config, component, there, modules, keep_unknown=keep_unknown)
+        return layers if component or config.get("auto_mapping") else _in_encoder_that_fits(layers, there)
     if "kohya's" in found:
         return kohya.read(tensors, metadata, there, keep_unknown=keep_unknown)
     if "diffusers'" in found:
-        return diffusers.read(tensors, metadata, there)
+        layers = diffusers.read(tensors, metadata, there)
+        is_told = any(key.startswith("text_encoder") for key in tensors)
+        return layers if is_told else _in_encoder_that_fits(layers, there)
     raise FormatError(f"nothing in it is known: its keys look like {_likeness(tensors)}")
+
+
+def _in_encoder_that_fits(
+    layers: dict[str, LayerAdapter], there: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, LayerAdapter]:
+    """Give layers of a text encoder that nothing but their names told to the encoder of the base that they fit."""
+    if there is None or any(not name.startswith("text_encoder.") for name in layers):
+        return layers
+    for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        moved = {encoder + name.removeprefix("text_encoder"): layer for name, layer in layers.items()}
+        if all(name in there and shapes_agree(tuple(x.shape), there[name]) for name, x in moved.items()):
+            return moved
+    return layers
 
 
 def _likeness(keys: Iterable[str]) -> str:

@@ -281,6 +281,14 @@ def test_names_that_can_mean_two_layers_name_them():
     assert kohya.read(pair("lora_unet_a_b_c"), {}, {"unet.a_b.c": (4, 3)}).keys() == {"unet.a_b.c"}
 
 
+def test_a_name_of_two_encoders_goes_to_the_one_that_it_fits(open_sdxl):
+    base = shapes({name: getattr(open_sdxl(), name) for name in ("text_encoder", "text_encoder_2")})
+    stem, layer = "lycoris_text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"
+    for encoder in ("text_encoder", "text_encoder_2"):
+        tensors = pair(stem, shape=base[f"{encoder}.{layer}"])
+        assert list(kohya.read(tensors, {}, base)) == [f"{encoder}.{layer}"]
+
+
 def test_unknown_names_ask_for_the_base_and_keys_of_others_are_refused():
     with pytest.raises(
         FormatError, match=r"unet 1 of 2 names can be read without the base; .*'lora_unet_my_block'"

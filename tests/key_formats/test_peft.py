@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from mmpeft.adapter import load_adapter
@@ -185,7 +186,7 @@ def test_old_configurations_lack_what_came_later_and_are_read():
         ({"auto_mapping": {"base_model_class": "CLIPTextModelWithProjection"}}, ["a"], "text_encoder_2"),
         ({"auto_mapping": {"base_model_class": "FluxTransformer2DModel"}}, ["a"], "transformer"),
         ({"task_type": "CAUSAL_LM"}, ["model.layers.0.self_attn.q_proj"], "language_model"),
-        ({}, ["down_blocks.0.resnets.0.conv1"], "unet"),
+        ({}, ["down_blocks.0.resnets.0.conv1", "add_embedding.linear_1"], "unet"),
         ({}, ["x"], None),
     ],
 )
@@ -227,3 +228,23 @@ def test_two_methods_in_one_component_are_refused():
     layers = {"a": LoraLayer(A, B, 1.0), "b": DoraLayer(A, B, 1.0, lora_magnitude_vector=torch.ones(4))}
     with pytest.raises(MethodError, match="LoRA and DoRA layers in one component"):
         peft.lora_config(layers)
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers"])
+def test_names_of_any_text_encoder_go_to_the_one_that_they_fit(form, open_sdxl, add_peft_lora, tmp_path):
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = open_sdxl()
+    changes = add_peft_lora(pipe, only=("text_encoder_2",))
+    state = {
+        key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(pipe.text_encoder_2).items()
+    }
+    path = tmp_path / "bare.safetensors"
+    save_file(state, path)
+    if form == "peft":
+        pipe.save_lora_weights(tmp_path / "named", text_encoder_2_lora_layers=state)
+        path = export(tmp_path / "named", tmp_path / "exported", format="peft")
+    read = load_adapter(path, base=open_sdxl())
+    assert set(read) == set(changes)
+    for name, change in changes.items():
+        torch.testing.assert_close(read[name].dense(), change, rtol=1e-4, atol=1e-5)
