@@ -85,6 +85,11 @@ def peft_parts_of(weight: LayerAdapter | None, bias: LayerAdapter | None = None)
             "PEFT has no form for a bias's change of its own; export the adapter in LyCORIS's form"
         )
     match weight:
+        case Ia3Layer(side="output", is_difference=True) if bias is None:
+            raise MethodError(
+                "PEFT's (IA)³ multiplies biases together with their outputs, and this one leaves them; export the "
+                "adapter in LyCORIS's form"
+            )
         case Ia3Layer():
             multipliers = weight.scaling.float() + 1 if weight.is_difference else weight.scaling
             if weight.scaling.ndim > 2:

@@ -10,6 +10,7 @@ from mmpeft.errors import FormatError, MethodError
 from mmpeft.key_formats.peft_methods import ENDINGS, peft_layer_from, peft_parts_of
 from mmpeft.key_formats.peft_settings import peft_config_of
 from mmpeft.methods.full import FullLayer
+from mmpeft.methods.ia3 import Ia3Layer
 from mmpeft.methods.oft import InputOftLayer
 
 PREFIX = "base_model.model."
@@ -190,6 +191,8 @@ def test_what_peft_has_no_form_for_is_not_written():
         peft_parts_of(FullLayer(torch.ones(2, 2)))
     with pytest.raises(MethodError, match="a bias alone"):
         peft_parts_of(None, FullLayer(torch.ones(2)))
+    with pytest.raises(MethodError, match="multiplies biases together with their outputs"):
+        peft_parts_of(Ia3Layer(torch.ones(4), "output", is_difference=True))
     rotation = InputOftLayer(torch.zeros(2, 6))
     with pytest.raises(MethodError, match="a bias's change of its own"):
         peft_parts_of(rotation, FullLayer(torch.ones(2)))
