@@ -132,6 +132,7 @@ def read(
     for name, layer in layers.items():
         layer.check_finite(f"{file.name}: {name}")
         _check_scale(f"{file.name}: {name}", layer)
+        _check_types(f"{file.name}: {name}", layer)
     return layers, read_card(file)
 
 
@@ -234,6 +235,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise FormatError(f"{file.name} is no JSON object")
     return data
+
+
+def _check_types(title: str, layer: LayerAdapter) -> None:
+    for part, tensor in layer.tensors.items():
+        if not tensor.is_floating_point() and part != "rest_indices":
+            raise FormatError(f"{title} has {part} of type {tensor.dtype}; fractions are needed")
 
 
 def _check_scale(title: str, layer: LayerAdapter) -> None:

@@ -48,6 +48,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return safetensors.torch.load_file(file), metadata
     except safetensors.SafetensorError as error:
         raise FormatError(f"{file.name} is no valid safetensors file: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        size = file.stat().st_size
+        raise AdapterError(f"{file.name} has {size:,} bytes, more than this machine can open") from error
 
 
 def read_header(file: Path) -> tuple[list[str], dict[str, str]]:

@@ -197,6 +197,11 @@ BROKEN = {
         FormatError,
         r"unet.a has alpha \(2,\); one number is needed",
     ),
+    "whole numbers": (
+        saved({**PAIR, "unet.a.lora_A.weight": A.int()}),
+        FormatError,
+        "unet.a has lora_A of type torch.int32; fractions are needed",
+    ),
     "no rank": (
         saved({"unet.a.lora_A.weight": torch.ones(0, 3), "unet.a.lora_B.weight": torch.ones(4, 0)}),
         FormatError,
@@ -351,6 +356,17 @@ def test_bad_files_give_one_clear_sentence(kind, tmp_path):
         load_adapter(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_a_file_that_memory_cannot_hold_is_told(tmp_path, monkeypatch):
+    def fail(file):
+        raise RuntimeError("unable to mmap 80000000406 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("safetensors.torch.load_file", fail)
+    with pytest.raises(
+        AdapterError, match=r"x.safetensors has [0-9]+ bytes, more than this machine can open"
+    ):
+        load_adapter(good_file(tmp_path))
 
 
 def test_a_folder_with_several_files_is_not_guessed_at(tmp_path):
