@@ -63,10 +63,8 @@ class _Place:
     name: str
     module: Any
     part: Part
-    before: Tensor | None
-    """a copy; None if the base's file has it"""
-    digest: int
-    """of what was there before"""
+    before: Tensor | int
+    """a copy of what was there, or its digest if the base's file has it"""
     fused: int = 0
     """digest of what was put there"""
 
@@ -80,7 +78,7 @@ class Fusion:
     """What is fused now, and the way back. Made by `fuse`."""
 
     def __init__(self, base: BaseFiles | None = None) -> None:
-        self._places: list[_Place] = []
+        self._places: dict[int, _Place] = {}  # by tensor: two layers may share one
         self._base = base
 
     @torch.no_grad()
@@ -91,14 +89,13 @@ class Fusion:
             The norms of what rounding lost and of the change.
         """
         tensor = getattr(module, part)
-        before = None if self._base is not None else tensor.detach().clone()
-        place = _Place(name, module, part, before, _digest(tensor))
-        self._places.append(place)
+        if id(tensor) not in self._places:
+            before = tensor.detach().clone() if self._base is None else _digest(tensor)
+            self._places[id(tensor)] = _Place(name, module, part, before)
         change = reduce(torch.add, (each.to(tensor.device).reshape(tensor.shape) for each in changes))
         exact = tensor.float() + change
         tensor.copy_(exact)
-        for same in (each for each in self._places if each.tensor is tensor):
-            same.fused = _digest(tensor)
+        self._places[id(tensor)].fused = _digest(tensor)
         return float((tensor.float() - exact).norm()), float(change.norm())
 
     def check(self, *, lose_edits: bool = False) -> None:
@@ -107,9 +104,9 @@ class Fusion:
         Raises:
             BankError: a weight was changed while fused, the model changed its type, or the file is not what it was.
         """
-        for place in reversed(self._places):
+        for place in self._places.values():
             tensor, expected = place.tensor, place.before
-            if expected is not None and tensor.dtype != expected.dtype:
+            if isinstance(expected, Tensor) and tensor.dtype != expected.dtype:
                 raise BankError(
                     f"the model went from {expected.dtype} to {tensor.dtype} while fused; turn it back to unfuse"
                 )
@@ -118,24 +115,22 @@ class Fusion:
                     f"{place.name} was changed while the mix was fused (by training, another adapter's merge or a "
                     f"change of type); undo that first, or give it up with unfuse(lose_edits=True)"
                 )
-        for place in self._places:
+        for place in self._places.values():
             self._before(place)
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put back what was there before, byte for byte."""
-        # backwards: of a weight that two layers share, the first copy is the untouched one
-        for place in reversed(self._places):
+        for place in self._places.values():
             place.tensor.copy_(self._before(place))
         self._places.clear()
 
     def _before(self, place: _Place) -> Tensor:
-        if place.before is not None:
+        if isinstance(place.before, Tensor):
             return place.before
-        before = {each.digest for each in self._places if each.tensor is place.tensor}
         try:
             for stored in read_stored(self._base, place.name, place.tensor.dtype) if self._base else ():
-                if stored.shape == place.tensor.shape and _digest(stored) in before:
+                if stored.shape == place.tensor.shape and _digest(stored) == place.before:
                     return stored
         except (BaseError, OSError) as error:
             raise BankError(f"cannot unfuse {place.name}: the base's file cannot be read: {error}") from error

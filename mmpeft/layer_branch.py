@@ -30,8 +30,8 @@ from mmpeft.slots import Ranks, Slots, Vectors, Wholes
 
 # Reading and writing an entry of the weight takes as long as this many multiplications.
 _ENTRY = 40
-# Changed weights of up to so many entries are kept whatever the adapters' size.
-_SMALL = 1 << 16
+# Changed weights are kept if they have up to so many entries, or up to so many times as many as the live adapters.
+_SMALL, _BESIDE = 1 << 16, 4
 
 
 class LayerBranch(Branch):
@@ -96,11 +96,11 @@ class LayerBranch(Branch):
         """Build the mix's change of the weight or the bias, as float32 tensors to add; empty if it has none."""
         if part == "bias":
             return self._biases.change(self._weights)
-        weight = self.layer.weight.detach().float()
+        weight = self.layer.weight.detach()
         gains = [_along(0, gain, weight) for gain in self._outputs.change(self._weights)]
         gains += [_along(1, gain, weight) for gain in self._inputs.change(self._weights)]
         low_rank, whole = self._ranks.change(self._weights), self._wholes.change(self._weights)
-        return [*low_rank, *whole, *(gain * weight for gain in gains)]
+        return [*low_rank, *whole, *(gain * weight.float() for gain in gains)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_held": {}, "_kept": None}
@@ -202,9 +202,9 @@ class LayerBranch(Branch):
         return self._kept[1], bias
 
     def _may_keep(self) -> bool:
-        """Whether the changed weight is small, or hardly larger than the adapters; its check would hold a GPU up."""
+        """Whether the changed weight is small, by itself or beside the adapters; its check would hold a GPU up."""
         out, inputs = matrix_shape(self._shape)
-        is_small = out * inputs <= max(_SMALL, 2 * self._ranks.count * (out + inputs))
+        is_small = out * inputs <= max(_SMALL, _BESIDE * self._ranks.count * (out + inputs))
         return is_small and bool(self.layer.weight.device.type == "cpu")
 
     def _changed_weight(self) -> Tensor:
