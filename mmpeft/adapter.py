@@ -12,11 +12,11 @@ from torch import nn
 from mmpeft import adapter_file
 from mmpeft.adapter_card import AdapterCard
 from mmpeft.base_modules import bound_layers, check_fits, modules_of
+from mmpeft.disk.safetensors_file import stored_bytes
 from mmpeft.errors import AdapterError
 from mmpeft.injection import shapes
 from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.plugins import near_miss
-from mmpeft.safetensors_file import stored_bytes
 
 
 class Adapter(Mapping[str, LayerAdapter]):

@@ -28,13 +28,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmpeft.adapter_card import AdapterCard
+from mmpeft.disk.safetensors_file import PICKLES, read_header, read_tensors, serialise
+from mmpeft.disk.whole_writes import write_folder
 from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
 from mmpeft.injection import COMPONENTS
 from mmpeft.key_formats import diffusers, kohya, peft, recognition
 from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.model_card import model_card
-from mmpeft.safetensors_file import PICKLES, read_header, read_tensors, serialise
-from mmpeft.whole_writes import write_folder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LYCORIS_WEIGHTS = "lycoris.safetensors"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpeft.base_files import BaseFiles
+from mmpeft.disk.base_files import BaseFiles
 from mmpeft.errors import BaseError, ConfigError
 
 LINEAGE = "mmpeft_bake.json"

@@ -21,14 +21,14 @@ import mmpeft
 from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, FingerprintMatch, LayerSketch, compare
 from mmpeft.baked_output import Output
-from mmpeft.base_files import BaseFiles, open_base
 from mmpeft.composition.lineage import weight_json
 from mmpeft.composition.parents import titles_of
 from mmpeft.composition.report import Errors, percent
+from mmpeft.disk.base_files import BaseFiles, open_base
+from mmpeft.disk.weights_stream import FLOAT_TYPES
 from mmpeft.errors import BaseMismatch, ConfigError
 from mmpeft.fused_weights import Changes, Ingredient, Losses, find_changes, rewritten
 from mmpeft.mix import Weight
-from mmpeft.weights_stream import FLOAT_TYPES
 
 
 @dataclass(frozen=True)

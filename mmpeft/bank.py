@@ -1,8 +1,8 @@
 """Adapters on a live model: loaded side by side, mixed by weights, fused into the base's weights and out again.
 
 All low-rank adapters of a layer are packed into one pair (A_all, B_all) with a vector of adapter weights between them,
-so that their cost is one branch and a new mix is new numbers in that vector. What one layer computes is in branch.py,
-what becomes of the weights in fusing.py, what varies in time and place in conditions.py.
+so that their cost is one branch and a new mix is new numbers in that vector. What one layer computes, what
+becomes of the weights, and what varies in time and place is in live/.
 
 The branch is a forward hook on the layer, not a module in its place and not another `forward`. The module tree, and so
 `state_dict`, parameter names and what other libraries look up or replace in it, stay as they are; offloading hooks of
@@ -25,23 +25,24 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mmpeft import fusing, routing
+from mmpeft import routing
 from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.backbones.fingerprint import Fingerprint, compare
 from mmpeft.base_modules import check_fits, modules_of
 from mmpeft.batch_layout import BatchLayout
-from mmpeft.branch import Branch, Part
-from mmpeft.conditions import Conditions
 from mmpeft.delta import Delta
+from mmpeft.disk.safetensors_file import stored_bytes
 from mmpeft.errors import BankError, BaseMismatch, ConfigError, MethodError
-from mmpeft.fusing import Fusion, FusionReport
 from mmpeft.injection import is_adaptable, live_parameters
 from mmpeft.layer_adapter import LayerAdapter
-from mmpeft.layer_branch import LayerBranch
+from mmpeft.live import fusing
+from mmpeft.live.branch import Branch, Part
+from mmpeft.live.conditions import Conditions
+from mmpeft.live.fusing import Fusion, FusionReport
+from mmpeft.live.layer_branch import LayerBranch
+from mmpeft.live.norm_branch import NormBranch, is_norm
 from mmpeft.mix import Mix, Weight
-from mmpeft.norm_branch import NormBranch, is_norm
 from mmpeft.plugins import near_miss
-from mmpeft.safetensors_file import stored_bytes
 
 
 def attach(model: Any, *, capacity: int | None = None) -> AdapterBank:

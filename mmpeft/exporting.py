@@ -15,6 +15,8 @@ from mmpeft import adapter_file
 from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.base_modules import modules_of
 from mmpeft.delta import truncate
+from mmpeft.disk.safetensors_file import serialise
+from mmpeft.disk.whole_writes import write_file, write_folder
 from mmpeft.errors import AdapterError, ConfigError, MethodError
 from mmpeft.injection import shapes
 from mmpeft.key_formats import diffusers, kohya
@@ -22,8 +24,6 @@ from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.methods.dora import DoraLayer
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.plugins import near_miss
-from mmpeft.safetensors_file import serialise
-from mmpeft.whole_writes import write_file, write_folder
 
 Format = Literal["kohya", "diffusers", "peft"]
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

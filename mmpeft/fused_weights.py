@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mmpeft.adapter import Adapter
-from mmpeft.base_files import BaseFiles, Slot
 from mmpeft.delta import Delta, add
+from mmpeft.disk.base_files import BaseFiles, Slot
+from mmpeft.disk.weights_stream import FLOAT_TYPES, WeightsFile
 from mmpeft.errors import AdapterError, BaseError, BaseMismatch, MethodError
 from mmpeft.layer_adapter import LayerAdapter, shapes_agree
 from mmpeft.mix import Weight
-from mmpeft.weights_stream import FLOAT_TYPES, WeightsFile
 
 _CHUNK = 1 << 20  # numbers that are fused at once
 

@@ -19,12 +19,12 @@ from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.base_modules import modules_of, weights_of
 from mmpeft.composition.lineage import describe
+from mmpeft.disk.safetensors_file import read_tensors
 from mmpeft.errors import AdapterError
 from mmpeft.injection import shapes
 from mmpeft.key_formats import kohya, peft
 from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.methods.lora import LoraLayer
-from mmpeft.safetensors_file import read_tensors
 
 # A layer is called odd when its change is so many times the typical one of its component, or that much below.
 FAR_FROM_THE_REST = 20.0

@@ -6,9 +6,9 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from mmpeft.batch_layout import BatchLayout
-from mmpeft.conditions import Conditions
 from mmpeft.errors import BankError
 from mmpeft.injection import live_layers
+from mmpeft.live.conditions import Conditions
 from mmpeft.mix import Mask, Mix, Schedule, Weight
 
 RIGHT = torch.tensor([[0.0, 1.0]])

@@ -19,10 +19,10 @@ from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.backbones.stable_diffusion_files import load_pipeline, plain_title
 from mmpeft.config import BaseSettings
 from mmpeft.diffusion.noise_schedule import NoiseSchedule
+from mmpeft.disk.safetensors_file import stored_bytes
 from mmpeft.errors import BaseError, ConfigError
 from mmpeft.injection import live_layers
 from mmpeft.plugins import near_miss
-from mmpeft.safetensors_file import stored_bytes
 
 _ATTENTION = (
     "to_q",

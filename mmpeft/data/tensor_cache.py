@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mmpeft.disk.safetensors_file import stored_bytes
 from mmpeft.errors import DataError
-from mmpeft.safetensors_file import stored_bytes
 
 CODE_VERSION = 1
 """Part of every key; to be raised when what is computed from the same input changes."""

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from mmpeft.adapter_card import AdapterCard
+from mmpeft.disk.safetensors_file import serialise
 from mmpeft.layer_adapter import LayerAdapter
-from mmpeft.safetensors_file import serialise
 
 Shapes = Mapping[str, tuple[int, ...]]
 

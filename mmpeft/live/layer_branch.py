@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from mmpeft.branch import Branch, Part
 from mmpeft.delta import Delta, Gain, LowRank, Sum, matrix_shape
 from mmpeft.injection import is_adaptable, weight_shape
-from mmpeft.slots import Ranks, Slots, Vectors, Wholes
+from mmpeft.live.branch import Branch, Part
+from mmpeft.live.slots import Ranks, Slots, Vectors, Wholes
 
 # Reading and writing an entry of the weight takes as long as this many multiplications.
 _ENTRY = 40

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmpeft.branch import Branch, Part
 from mmpeft.errors import BankError, BaseError
+from mmpeft.live.branch import Branch, Part
 
 if TYPE_CHECKING:
-    from mmpeft.base_files import BaseFiles
+    from mmpeft.disk.base_files import BaseFiles
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -176,7 +176,7 @@ def read_stored(base: BaseFiles, name: str, dtype: torch.dtype) -> Iterator[Tens
 
 
 def _open(base_file: str | Path, places: Mapping[str, tuple[Branch, Part]]) -> BaseFiles:
-    from mmpeft.base_files import open_base
+    from mmpeft.disk.base_files import open_base
 
     try:
         base = open_base(base_file)

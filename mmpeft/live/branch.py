@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmpeft.delta import Delta
-from mmpeft.slots import Slots, Vectors
+from mmpeft.live.slots import Slots, Vectors
 
 Part = Literal["weight", "bias"]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmpeft.branch import Branch, Part
 from mmpeft.delta import Delta
-from mmpeft.slots import Slots, Vectors
+from mmpeft.live.branch import Branch, Part
+from mmpeft.live.slots import Slots, Vectors
 
 
 def is_norm(layer: nn.Module) -> bool:

@@ -26,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from mmpeft.batch_layout import BatchLayout, check_samples, factors_of_rows, needs_layout
 from mmpeft.errors import BankError
+from mmpeft.live.places import Places
 from mmpeft.mix import Mix, Schedule, Weight, interpolate
-from mmpeft.places import Places
 
 DENOISERS = ("unet", "transformer")
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from mmpeft.backbones.pocket import pocket_folder
+from mmpeft.disk.weights_stream import WeightsFile
 from mmpeft.errors import BaseError
 from mmpeft.injection import COMPONENTS
 from mmpeft.key_formats import stable_diffusion
 from mmpeft.key_formats.stable_diffusion import Place
 from mmpeft.plugins import near_miss
-from mmpeft.weights_stream import WeightsFile
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
