@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -283,11 +283,7 @@ def truncate(
         ConfigError: a setting is out of its range.
         MethodError: the change has entries that are not finite numbers.
     """
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank: must be at least 1; got {rank}")
-    for name, value in (("error", error), ("energy", energy)):
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{name}: must be a share between 0 and 1; got {value}")
+    check_truncation(rank=rank, error=error, energy=energy)
     U, S, Vh = decompose(delta, rank)
     errors = low_rank.relative_errors(S)
     kept = min(low_rank.numerical_rank(S), len(S) if rank is None else rank)
@@ -299,6 +295,19 @@ def truncate(
     kept = max(kept, 1)
     root = S[:kept].sqrt()
     return LowRank(U[:, :kept] * root, root[:, None] * Vh[:kept], delta.shape), float(errors[kept])
+
+
+def check_truncation(*, rank: Any = None, error: Any = None, energy: Any = None) -> None:
+    """Refuse a truncation that cannot be, as `truncate` does.
+
+    Raises:
+        ConfigError: `rank` is no whole number of at least 1, or `error` or `energy` no share.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int | None) or (rank is not None and rank < 1):
+        raise ConfigError(f"rank: must be a whole number of at least 1; got {rank!r}")
+    for name, value in (("error", error), ("energy", energy)):
+        if isinstance(value, bool) or not isinstance(value, int | float | None) or not 0 <= (value or 0) <= 1:
+            raise ConfigError(f"{name}: must be a share between 0 and 1; got {value!r}")
 
 
 def principal_angles(a: LowRank, b: LowRank, side: Side = "output") -> Tensor:

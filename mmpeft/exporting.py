@@ -14,7 +14,7 @@ from torch import Tensor
 from mmpeft import adapter_file
 from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.base_modules import modules_of
-from mmpeft.delta import truncate
+from mmpeft.delta import check_truncation, truncate
 from mmpeft.disk.safetensors_file import serialise
 from mmpeft.disk.whole_writes import write_file, write_folder
 from mmpeft.errors import AdapterError, ConfigError, MethodError
@@ -108,12 +108,13 @@ def write(
         dtype: "fp32", "fp16" or "bf16"; none keeps the tensors as they are.
 
     Raises:
-        ConfigError: an unknown format or dtype.
+        ConfigError: an unknown format or dtype, a rank below 1, or an error that is no share.
         MethodError: layers that the format cannot hold.
         AdapterError: the adapter cannot be read, does not fit its base, or something else is at `path`.
     """
     chosen = _choose("format", format, get_args(Format))
     kind = _TYPES[_choose("dtype", dtype, tuple(_TYPES))] if dtype is not None else None
+    check_truncation(rank=rank, error=error)
     modules = None if base is None else modules_of(base)
     adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, modules)
     if not len(adapter):

@@ -224,7 +224,7 @@ def test_the_rank_is_the_smallest_that_keeps_error_or_energy(error, energy):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank: must be at least 1; got 0"),
+        ({"rank": 0}, "rank: must be a whole number of at least 1; got 0"),
         ({"error": -0.1}, "error: must be a share between 0 and 1; got -0.1"),
         ({"error": float("nan")}, "error: must be a share between 0 and 1; got nan"),
         ({"energy": 1.5}, "energy: must be a share between 0 and 1; got 1.5"),

@@ -252,11 +252,18 @@ def test_what_cannot_be_asked_for_is_told(adapter, tmp_path, open_base):
     for problem, words, asked in (
         (ConfigError, "no format is called 'koya'; did you mean 'kohya'", {"format": "koya"}),
         (ConfigError, "no dtype is called 'fp8'", {"dtype": "fp8"}),
-        (ConfigError, "rank: must be at least 1", {"rank": 0}),
+        (ConfigError, "rank: must be a whole number of at least 1", {"rank": 0}),
         (BaseMismatch, "does not fit this base", {"base": open_base().text_encoder}),
     ):
         with pytest.raises(problem, match=words):
             export(Adapter({CONV: FullLayer(drawn(16, 16, 3, 3))}), tmp_path / "x", **asked)
+    # of LoRA too, which stays as it is
+    for words, asked in (
+        ("rank: must be a whole number", {"rank": 0}),
+        ("error: must be a share", {"error": 2}),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            export(adapter, tmp_path / "x", **asked)
     with pytest.raises(AdapterError, match="empty"):
         export(Adapter({}), tmp_path / "x")
     with pytest.raises(AdapterError, match="there is no adapter at"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
 
 from mmpeft import plugins, randomness
-from mmpeft.delta import Delta
+from mmpeft.delta import Delta, check_truncation
 from mmpeft.errors import ConfigError
 
 # Settings that say how much of a result is kept.
@@ -55,10 +55,7 @@ class Strategy:
             ConfigError: an unknown strategy or setting, or a value of another type or out of range.
         """
         function = plugins.get("strategy", name)
-        if isinstance(rank, bool) or not isinstance(rank, int | None) or (rank is not None and rank < 1):
-            raise ConfigError(f"rank: must be a whole number of at least 1; got {rank!r}")
-        if isinstance(error, bool) or not isinstance(error, int | float | None) or not 0 <= (error or 0) <= 1:
-            raise ConfigError(f"error: must be a share between 0 and 1; got {error!r}")
+        check_truncation(rank=rank, error=error)
         known = {setting.name: setting for setting in settings_of(function)}
         own = {each: setting for each, setting in known.items() if each not in ("rank", "error")}
         for key, value in settings.items():

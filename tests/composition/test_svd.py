@@ -38,5 +38,5 @@ def test_a_single_adapter_shrinks_by_rank_error_or_energy(low_rank):
 
 
 def test_a_rank_below_one_is_refused(low_rank):
-    with pytest.raises(ConfigError, match="rank: must be at least 1; got 0"):
+    with pytest.raises(ConfigError, match="rank: must be a whole number of at least 1; got 0"):
         truncated_sum([(low_rank((4, 3), 1, 0), 1.0)], rank=0)
