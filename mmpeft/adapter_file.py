@@ -63,7 +63,7 @@ def save(
     if not layers:
         raise AdapterError("the adapter is empty; there is nothing to save")
     for name, layer in layers.items():
-        layer.check_finite(f"cannot save {name}")
+        layer.check_finite(f"cannot save: {name}")
     contents = _weights(by_component(layers), card.base)
     contents[CARD] = _json({"format": 1, **asdict(card)})
     contents["README.md"] = model_card(layers, card, sorted(files), WEIGHTS in contents).encode()

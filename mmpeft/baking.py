@@ -148,7 +148,7 @@ def _ingredients(pairs: Sequence[tuple[Any, Any]], base: BaseFiles) -> list[Ingr
         adapter = given if isinstance(given, Adapter) else load_adapter(given, base_shapes=base.shapes)
         try:
             weight = Weight.of(said)
-            weight.check(adapter.layers)
+            weight.check({*adapter.layers, *base.shapes})
         except ConfigError as error:
             raise ConfigError(f"the weight of {title}: {error}") from error
         if weight.varies:

@@ -148,6 +148,13 @@ def test_weights_may_differ_by_component_and_block(folders, adapters, tmp_path):
     torch.testing.assert_close(after[key] - before[key], 2 * layer.dense(), rtol=1e-4, atol=1e-6)
 
 
+def test_weights_may_go_by_blocks_that_the_adapter_lacks_and_the_base_has(folders, adapters, tmp_path):
+    text = Adapter({name: layer for name, layer in adapters[0].items() if name.startswith("text_encoder")})
+    weight = {"unet": {"down": 0.5}, "text_encoder": 2.0}
+    report = mmpeft.bake(folders / "fp32", [(text, weight)], tmp_path / "out")
+    assert report.layers == text.layers
+
+
 def test_biases_and_norms_are_baked_too(folders, tmp_path):
     names = {"unet.conv_norm_out": (8,), "unet.conv_norm_out.bias": (8,), "unet.conv_out.bias": (4,)}
     adapter = Adapter({name: FullLayer(torch.arange(float(shape[0]))) for name, shape in names.items()})

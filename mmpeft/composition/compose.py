@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,12 @@ def compose(
     """
     started = time.perf_counter()
     chosen = Strategy.of(strategy, settings, rank=rank, error=error)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed: must be a whole number; got {seed!r}")
     given, weights = _pairs(adapters)
     parents = Parents(given, base)
-    for title, adapter, weight in zip(parents.titles, parents, weights, strict=True):
-        _check_weight(title, adapter, weight)
+    for title, weight in zip(parents.titles, weights, strict=True):
+        _check_weight(title, weight, parents.known_layers)
     remarks = [sentence for sentence in [parents.check_bases()] if sentence]
     for sentence in remarks:
         warnings.warn(sentence, DifferentBasesWarning, stacklevel=2)
@@ -236,10 +238,11 @@ def _layer_adapter(kept: Delta, shape: tuple[int, ...]) -> LayerAdapter:
 def _balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Give both factors of each rank nearly the same length, by powers of two, which round nothing."""
     tiny = torch.finfo(torch.float32).tiny
-    lengths_B, lengths_A = B.norm(dim=0), A.norm(dim=1)
+    # float64: squares of entries above 1e19 do not fit into float32
+    lengths_B, lengths_A = B.double().norm(dim=0), A.double().norm(dim=1)
     is_something = (lengths_B > tiny) & (lengths_A > tiny)
     exponents = (torch.log2(lengths_A.clamp(min=tiny)) - torch.log2(lengths_B.clamp(min=tiny))) / 2
-    factors = torch.exp2(torch.where(is_something, exponents, 0.0).round())
+    factors = torch.exp2(torch.where(is_something, exponents, 0.0).round()).float()
     return B * factors, A / factors[:, None]
 
 
@@ -269,16 +272,16 @@ def _pairs(adapters: Sequence[Weighted]) -> tuple[list[Adapter | str | Path], li
     return given, weights
 
 
-def _check_weight(title: str, adapter: Adapter, weight: Weight) -> None:
+def _check_weight(title: str, weight: Weight, layers: Collection[str]) -> None:
     if weight.varies:
         raise ConfigError(
             f"the weight of {title} varies with time, place, sample or branch, and a composed adapter is one set of "
             "numbers; give a number or numbers per block, or mix live with a bank"
         )
     try:
-        weight.check(adapter.layers)
+        weight.check(layers)
     except ConfigError as error:
-        raise ConfigError(f"{title}: {error}") from error
+        raise ConfigError(f"the weight of {title}: {error}") from error
 
 
 def _sentences(strategy: Strategy, pieces: Mapping[str, _Piece]) -> Iterable[str]:

@@ -170,26 +170,34 @@ class Interference:
         )
 
 
-def interference(adapters: Sequence[Adapter | str | Path], base: Any = None) -> Interference:
+Given = Sequence[Adapter | str | Path] | Mapping[str, Adapter | str | Path]
+
+
+def interference(adapters: Given, base: Any = None) -> Interference:
     """Measure how adapters would interfere, layer by layer, for all pairs.
 
     Spaces and cosines of low-rank changes come from their factors; signs need every entry, one layer at a time. Of a
     change that is not low-rank, the spaces are those that hold 99 % of its energy.
 
     Args:
-        adapters: at least two adapters, or paths of what `load_adapter` reads.
+        adapters: at least two adapters, or paths of what `load_adapter` reads; or a mapping of them by the names that
+            the result calls them by.
         base: the base's folder, pipeline, module, or modules by component; for methods whose change depends on it.
 
     Raises:
-        ConfigError: fewer than two adapters.
+        ConfigError: fewer than two adapters, or something else.
         AdapterError: one cannot be read, or needs the base's weights.
         BaseMismatch: they belong to different bases.
         MethodError: an adapter's method is no change of weights.
     """
+    if isinstance(adapters, Adapter | str | Path):
+        raise ConfigError(
+            "interference is between adapters: give a list of at least two, or a mapping by names"
+        )
     if len(adapters) < 2:
         raise ConfigError(f"interference is between adapters: give at least two; got {len(adapters)}")
     parents = Parents(adapters, base)
-    remark = parents.check_bases()
+    remarks = [sentence for sentence in [parents.check_bases()] if sentence]
     meetings: list[Meeting] = []
     with torch.no_grad():
         for layer in parents.layers:
@@ -203,7 +211,13 @@ def interference(adapters: Sequence[Adapter | str | Path], base: Any = None) -> 
         title: sum(all(layer not in other for other in parents if other is not adapter) for layer in adapter)
         for title, adapter in zip(parents.titles, parents, strict=True)
     }
-    return Interference(parents.titles, tuple(meetings), alone, (remark,) if remark else ())
+    met = {meeting.pair for meeting in meetings}
+    remarks += [
+        f"{a} and {b} change no layer in common, so nothing can interfere"
+        for a, b in combinations(parents.titles, 2)
+        if (a, b) not in met
+    ]
+    return Interference(parents.titles, tuple(meetings), alone, tuple(remarks))
 
 
 class _Change:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +22,7 @@ class Parents(Sequence[Adapter]):
     """The adapters of a composition or a comparison, in the order in which they were given.
 
     Args:
-        adapters: adapters, or paths of what `load_adapter` reads.
+        adapters: adapters, or paths of what `load_adapter` reads; a mapping gives them names.
         base: what `load_adapter` takes; needed by methods whose change depends on the base's weights.
 
     Raises:
@@ -32,12 +32,18 @@ class Parents(Sequence[Adapter]):
         MethodError: a method of one is no change of weights.
     """
 
-    def __init__(self, adapters: Sequence[Adapter | str | Path], base: Any = None) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter | str | Path] | Mapping[str, Adapter | str | Path], base: Any = None
+    ) -> None:
         self._modules = modules_of(base) if base is not None else {}
         self._base_shapes = shapes(self._modules)
-        self.titles = titles_of(adapters)
+        given: list[Any]
+        if isinstance(adapters, Mapping):
+            self.titles, given = tuple(map(str, adapters)), list(adapters.values())
+        else:
+            self.titles, given = titles_of(adapters), list(adapters)
         self._adapters = tuple(
-            self._opened(adapter, title) for adapter, title in zip(adapters, self.titles, strict=True)
+            self._opened(adapter, title) for adapter, title in zip(given, self.titles, strict=True)
         )
         for title, adapter in zip(self.titles, self, strict=True):
             _check_methods(title, adapter)
@@ -52,6 +58,11 @@ class Parents(Sequence[Adapter]):
     def layers(self) -> tuple[str, ...]:
         """The names of all layers that any of them has, sorted."""
         return tuple(sorted({layer for adapter in self for layer in adapter}))
+
+    @property
+    def known_layers(self) -> frozenset[str]:
+        """All layers that weights may go by: those of the adapters and of the base."""
+        return frozenset(self.layers) | self._base_shapes.keys()
 
     def shape(self, layer: str) -> tuple[int, ...]:
         """Give the shape of a layer's weight: the fullest that is known, where some files only tell the matrix.
@@ -149,7 +160,11 @@ class Parents(Sequence[Adapter]):
 
 def titles_of(adapters: Sequence[Any]) -> tuple[str, ...]:
     """Name adapters: paths by the part that tells them apart (runs/ink/adapter: ink), the rest by their places."""
-    paths = {n: Path(os.path.normpath(a)).parts for n, a in enumerate(adapters) if isinstance(a, str | Path)}
+    paths = {
+        n: _telling_parts(Path(os.path.normpath(a)))
+        for n, a in enumerate(adapters)
+        if isinstance(a, str | Path)
+    }
     depth = min(map(len, paths.values()), default=1)
     for cut in range(1, depth + 1):
         names = {number: parts[-cut] for number, parts in paths.items()}
@@ -167,6 +182,11 @@ def titles_of(adapters: Sequence[Any]) -> tuple[str, ...]:
         else names[number]
         for number in range(len(adapters))
     )
+
+
+def _telling_parts(path: Path) -> tuple[str, ...]:
+    # every run calls its folder so
+    return path.parts[:-1] if path.name == "adapter" and len(path.parts) > 1 else path.parts
 
 
 def _in_shape(delta: Delta, shape: tuple[int, ...]) -> Delta:

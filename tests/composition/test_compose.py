@@ -123,6 +123,14 @@ def test_the_gauge_of_the_factors_decides_nothing_and_they_come_out_balanced():
     assert ((lengths > 0.49) & (lengths < 2.01)).all()
 
 
+def test_numbers_near_the_end_of_float32_come_out_balanced_too():
+    a = make(1)
+    merged, _ = mmpeft.compose([(a, 1e30)])
+    expected = a[TO_Q].dense().double() * 1e30
+    torch.testing.assert_close(merged[TO_Q].dense().double(), expected, rtol=1e-5, atol=1e25)
+    assert merged[TO_Q].lora_A.abs().max() < 1e17
+
+
 def test_composing_leaves_the_parents_as_they_were_and_shares_no_memory_with_them():
     a, b = make(1), Adapter({TO_Q: FullLayer(torch.ones(12, 10))})
     before = a.digest, b.digest
@@ -439,6 +447,7 @@ def test_errors_are_a_number_that_knows_its_layers_and_survives_copies():
         ("svd", {"rank": 0}, "rank: must be a whole number of at least 1; got 0"),
         ("svd", {"rank": 2.5}, "rank: must be a whole number of at least 1; got 2.5"),
         ("sum", {"error": 1.5}, "error: must be a share between 0 and 1; got 1.5"),
+        ("dare", {"seed": "x"}, "seed: must be a whole number; got 'x'"),
         ("sum", {"error": "low"}, "error: must be a share between 0 and 1; got 'low'"),
     ],
 )
@@ -493,5 +502,5 @@ def test_a_result_that_overflows_is_refused():
 
 def test_adapters_of_one_folder_name_are_told_apart_by_the_folder_above(tmp_path):
     ink, cat = make(1).save(tmp_path / "ink" / "adapter"), make(2).save(tmp_path / "cat" / "adapter")
-    with pytest.raises(ConfigError, match=r"^cat: weights per block"):
+    with pytest.raises(ConfigError, match=r"^the weight of cat: weights per block"):
         mmpeft.compose([(ink, 1.0), (cat, {"nowhere": 0.5})])

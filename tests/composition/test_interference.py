@@ -215,3 +215,28 @@ def test_adapters_of_other_bases_and_broken_ones_are_refused():
     bad[TO_Q].lora_A[0, 0] = float("nan")
     with pytest.raises(FormatError, match=f"adapter 2: {TO_Q} has numbers that are not finite"):
         mmpeft.interference([make(1), bad])
+
+
+def test_a_mapping_gives_adapters_their_names():
+    a, b = make(1), make(2)
+    named = mmpeft.interference({"ink": a, "cat": b})
+    assert named.pairs == (("ink", "cat"),)
+    assert "ink and cat" in named.text()
+    assert (
+        named.overall(("ink", "cat")).norms
+        == mmpeft.interference([a, b]).overall(("adapter 1", "adapter 2")).norms
+    )
+
+
+def test_adapters_without_a_layer_in_common_are_said_to_be():
+    a, b = make(1, layers={TO_Q: SHAPES[TO_Q]}), make(2, layers={CONV: SHAPES[CONV]})
+    found = mmpeft.interference({"ink": a, "cat": b})
+    assert found.warnings == ("ink and cat change no layer in common, so nothing can interfere",)
+    assert "look at this: ink and cat change no layer in common" in found.text()
+    assert json.loads(json.dumps(found.as_dict()))["warnings"] == list(found.warnings)
+
+
+@pytest.mark.parametrize("given", [make(1), "runs/ink/adapter"])
+def test_one_adapter_that_is_in_no_list_is_refused(given):
+    with pytest.raises(ConfigError, match="give a list of at least two"):
+        mmpeft.interference(given)
