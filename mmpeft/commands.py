@@ -184,7 +184,9 @@ def generate(
         The picture, or the sheet of pictures.
     """  # noqa: D405, D411 - a parameter called attention is no section
     from mmpeft.generation import draw_grid
+    from mmpeft.picture_grid import check_place, save_picture
 
+    check_place(out)
     settings = BaseSettings(name=base, config=base_config, attention=attention, precision=precision)
     sheet = draw_grid(
         prompts,
@@ -198,8 +200,7 @@ def generate(
         width=width,
         height=height,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
+    save_picture(sheet, out)
     print(f"wrote {out} ({sheet.width} x {sheet.height})")
 
 
@@ -211,7 +212,8 @@ def bake(base: str, adapters: tuple[str, ...], /, *, out: Path, strict_base: boo
     base:
         A model's folder, a .safetensors file, pocket, or a hub name that is in the cache.
     adapters:
-        Folders or files, each with its weight if it is not 1: runs/ink/adapter=0.8.
+        Folders or files, each with its weight if it is not 1: runs/ink/adapter=0.8, or by component or block:
+        'runs/cat/adapter={"unet": {"down": 0.2, "up": 0.9}}'.
     out:
         The new folder or file.
     strict_base:
@@ -336,7 +338,7 @@ def path_and_weight(text: str) -> tuple[Path, float]:
     if not equals:
         return Path(text), 1.0
     try:
-        return Path(path), float(weight)
+        return (Path(text), 1.0) if Path(text).exists() else (Path(path), float(weight))
     except ValueError:
         raise ConfigError(f"{text}: the weight after = must be a number; got {weight!r}") from None
 
@@ -348,7 +350,7 @@ def path_and_blocks(text: str) -> tuple[Path, float | dict[str, Any]]:
         ConfigError: the weight is neither.
     """
     path, brace, rest = text.partition("={")
-    if not brace:
+    if not brace or Path(text).exists():
         return path_and_weight(text)
     try:
         blocks: dict[str, Any] = json.loads("{" + rest)

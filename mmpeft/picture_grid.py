@@ -1,6 +1,7 @@
 """Sheets of pictures with labels, and the text drawing that they need."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -108,3 +109,33 @@ def _wrapped(labels: Sequence[str], width: int, font: Font) -> list[list[str]]:
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], font: Font) -> None:
     for number, line in enumerate(lines):
         draw.text((place[0], place[1] + number * _LINE_HEIGHT), line, INK, font)
+
+
+def check_place(path: Path) -> None:
+    """Make the folder that a picture is to lie in, and refuse names whose ending tells no format.
+
+    Raises:
+        ConfigError: so, or there can be no such folder.
+    """
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(
+            f"{path}: a picture's name ends in .png, .jpg or .webp; got {path.suffix or 'no ending'!r}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"there can be no folder {path.parent}: {error.strerror or error}") from error
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format that its name's ending tells.
+
+    Raises:
+        ConfigError: as `check_place`, or the disk does not take it.
+    """
+    check_place(path)
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from mmpeft.errors import ConfigError
-from mmpeft.picture_grid import PAPER, enlarged, picture_grid, shortened, wrapped
+from mmpeft.picture_grid import PAPER, enlarged, picture_grid, save_picture, shortened, wrapped
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -86,3 +86,18 @@ def test_text_is_broken_within_its_width_and_says_when_it_goes_on():
     assert font.getlength(short) <= 90
     assert short.startswith("p")
     assert short.endswith("g")
+
+
+def test_a_picture_lies_where_it_was_asked_for_or_there_is_a_sentence(tmp_path):
+    save_picture(plain(RED), tmp_path / "new" / "red.png")
+    assert Image.open(tmp_path / "new" / "red.png").getpixel((0, 0)) == RED
+    (tmp_path / "folder.png").mkdir()
+    for path, sentence in (
+        (tmp_path / "red.xyz", "a picture's name ends in .png, .jpg or .webp; got '.xyz'"),
+        (tmp_path / "red", "got 'no ending'"),
+        (tmp_path / "new" / "red.png" / "red.png", "there can be no folder"),
+        (tmp_path / "folder.png", "cannot write .*folder.png"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            save_picture(plain(RED), path)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["folder.png", "new", "red.png"]

@@ -24,7 +24,10 @@ def compose_command(tokens: Sequence[str]) -> Callable[..., None]:
             chosen = token.split("=", 1)[1]
         elif token == "--strategy" and at + 1 < len(tokens):
             chosen = tokens[at + 1]
-    _compose.__annotations__["flags"] = Annotated[_settings_type(chosen) | None, Parameter(name="*")]
+    settings = _settings_type(chosen)
+    # a type without a field would be shown as a flag of its own
+    shown = Parameter(name="*") if settings.model_fields else Parameter(parse=False)
+    _compose.__annotations__["flags"] = Annotated[settings | None, shown]
     return _compose
 
 
@@ -85,6 +88,9 @@ def _compose(
     warnings.simplefilter("ignore", DifferentBasesWarning)
     settings = flags.model_dump(exclude_unset=True) if flags else {}
     pairs = [path_and_blocks(text) for text in adapters]
+    for path, _ in pairs:
+        if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ConfigError(f"--out {out} would replace {path}, which is composed; choose another folder")
     if like is None:
         adapter, report = compose(
             pairs, strategy or "sum", rank=rank, error=error, seed=seed or 0, base=_base(base), **settings
@@ -124,15 +130,17 @@ def interference(
         Print JSON instead of tables.
     """
     from mmpeft.composition.interference import interference as measure
+    from mmpeft.picture_grid import check_place, save_picture
 
+    if picture is not None:
+        check_place(picture)
     found = measure(adapters, base=_base(base))
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
         print(found.table() if layers else found.text())
     if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        found.picture().save(picture)
+        save_picture(found.picture(), picture)
         if not as_json:
             print(f"wrote {picture}")
 

@@ -65,6 +65,32 @@ def test_weights_by_block_are_given_as_json(run, folders, tmp_path):
     assert mmpeft.load_adapter(tmp_path / "merged").digest == merged.digest
 
 
+def test_weights_may_go_by_blocks_that_only_the_other_adapter_has(run, folders, tmp_path):
+    ink, cat = folders
+    up = Adapter({name: layer for name, layer in mmpeft.load_adapter(ink).items() if "up_blocks" in name})
+    up.save(tmp_path / "up")
+    code, _, err = run(
+        "compose",
+        f"{tmp_path / 'up'}={json.dumps({'unet': {'mid': 0.2, 'up': 0.5}})}",
+        cat,
+        "--out",
+        tmp_path / "merged",
+    )
+    assert (code, err) == (0, "")
+    merged, _ = mmpeft.compose([(up, 0.5), (cat, 1.0)])
+    assert mmpeft.load_adapter(tmp_path / "merged").digest == merged.digest
+
+
+def test_a_path_with_an_equals_sign_is_a_path(run, folders, tmp_path):
+    ink, _ = folders
+    odd = tmp_path / "style=2"
+    mmpeft.load_adapter(ink).save(odd)
+    for given, weight in ((odd, 1.0), (f"{odd}=0.5", 0.5)):
+        code, _, err = run("compose", given, "--out", tmp_path / "merged")
+        assert (code, err) == (0, "")
+        assert mmpeft.load_adapter(tmp_path / "merged").digest == mmpeft.compose([(ink, weight)])[0].digest
+
+
 def test_inspect_tells_the_parents_of_a_composition(run, folders, tmp_path):
     ink, cat = folders
     run("compose", f"{ink}=0.8", f"{cat}=0.6", "--out", tmp_path / "merged")
@@ -91,7 +117,9 @@ def test_full_differences_are_saved_and_read_back(run, folders, tmp_path):
 
 
 def test_the_help_shows_the_settings_of_the_strategy_that_is_chosen(run):
-    assert "--density" not in run("compose", "--help")[1]
+    without = run("compose", "--help")[1]
+    assert "--density" not in without
+    assert "STRATEGYSETTINGS" not in without
     shown = run("compose", "--strategy", "ties", "--help")[1]
     assert "--density" in shown
     assert "share of each change's entries" in shown
@@ -117,6 +145,14 @@ def test_interference_prints_tables_or_json_and_draws_the_picture(run, folders, 
     assert set(data["pairs"][0]["layers"]) == set(LAYERS)
 
 
+def test_a_run_s_adapter_is_called_by_its_run_beside_a_file_too(run, folders, tmp_path):
+    ink, cat = folders
+    mmpeft.export(ink, tmp_path / "other.safetensors")
+    assert run("interference", tmp_path / "other.safetensors", cat)[1].startswith(
+        "other.safetensors and cat "
+    )
+
+
 def test_compare_prints_the_distance_or_json(run, folders):
     code, out, _ = run("compare", *folders)
     assert code == 0
@@ -140,7 +176,11 @@ def test_compare_prints_the_distance_or_json(run, folders):
         (["compose", "--like", "{ink}", "{cat}", "--out", "x"], "was not composed: its card names no parents"),
         (["compose", "--like", "{ink}", "{cat}=2", "--out", "x"], "decides the weights; leave out that of"),
         (["compose", "--like", "{ink}", "{cat}", "--rank", "2", "--out", "x"], "decides strategy, settings and"),
+        (["compose", "{ink}", "{cat}", "--out", "{ink}"], "would replace"),
+        (["compose", "{ink}", "{cat}", "--out", "{ink}/.."], "would replace"),
         (["interference", "{ink}"], "give at least two; got 1"),
+        (["interference", "{ink}", "{cat}", "--picture", "heat.xyz"], "heat.xyz: a picture's name ends in .png"),
+        (["interference", "{ink}", "{cat}", "--picture", "{ink}/adapter.json/heat.png"], "there can be no folder"),
         (["compare", "{ink}", "/no/adapter"], "there is no adapter at /no/adapter"),
     ],
 )  # fmt: skip
