@@ -37,7 +37,12 @@ class Schedule:
     points: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        points = tuple((float(time), float(factor)) for time, factor in self.points)
+        try:
+            points = tuple((float(time), float(factor)) for time, factor in self.points)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"a schedule is a list of (time, factor), such as [(0, 0), (0.5, 1)]; got {self.points!r}"
+            ) from error
         object.__setattr__(self, "points", points)
         times = [time for time, _ in points]
         if not points or times != sorted(times) or not all(0 <= time <= 1 for time in times):
@@ -49,7 +54,15 @@ class Schedule:
 
     @classmethod
     def window(cls, start: float, end: float) -> Schedule:
-        """Count fully from one time to another, not at all outside; the steps are as steep as float32 tells apart."""
+        """Count fully from one time to another, not at all outside; the steps are as steep as float32 tells apart.
+
+        Raises:
+            ConfigError: `end` is before `start`, or one of them is not from 0 to 1.
+        """
+        if not 0 <= start <= end <= 1:
+            raise ConfigError(
+                f"a window goes from a time to a later one, both from 0 to 1; got {start} and {end}"
+            )
         edge = 1e-6
         points = [(start - edge, 0.0), (start, 1.0), (end, 1.0), (end + edge, 0.0)]
         return cls(tuple(point for point in points if 0 <= point[0] <= 1))
@@ -90,12 +103,21 @@ class Mask:
             import numpy as np
 
             is_image = hasattr(area, "convert")
-            area = torch.as_tensor(np.asarray(area.convert("L") if is_image else area, dtype=np.float32))
+            try:
+                area = torch.as_tensor(np.asarray(area.convert("L") if is_image else area, dtype=np.float32))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"a mask is (height, width) of numbers, or an opened picture; got {str(area)[:80]!r}"
+                ) from error
             area = area / 255 if is_image else area
         area = area.detach().float().cpu().contiguous()
-        if area.ndim != 2 or not area.numel() or not bool(((area >= 0) & (area <= 1)).all()):
+        if area.ndim != 2 or not area.numel():
             raise ConfigError(
                 f"a mask is (height, width) of numbers from 0 to 1; got shape {tuple(area.shape)}"
+            )
+        if not bool(((area >= 0) & (area <= 1)).all()):
+            raise ConfigError(
+                f"a mask is (height, width) of numbers from 0 to 1; got {float(area.min()):g} to {float(area.max()):g}"
             )
         self.area = area
         self._digest = hashlib.sha256(f"{tuple(area.shape)}".encode() + area.numpy().tobytes()).hexdigest()
@@ -137,10 +159,11 @@ class Weight:
 
     Args:
         value: any finite number.
-        blocks: (pattern on layer names with their component, factor); the last that matches a layer counts, a layer
-            that none matches has factor 1. Made from diffusers' nested form by `Weight.of`.
-        schedule: over the timestep.
-        mask: over the image. One that is the same everywhere is only a factor: it goes into the value.
+        blocks: (pattern on layer names with their component, factor), or the mapping that `Weight.of` takes; the last
+            that matches a layer counts, a layer that none matches has factor 1.
+        schedule: over the timestep; also the points of one.
+        mask: over the image; also what `Mask` takes. One that is the same everywhere is only a factor: it goes into
+            the value.
         samples: one factor for each prompt of a call.
         conditional_only: count in the conditional branch of classifier-free guidance alone.
 
@@ -157,11 +180,17 @@ class Weight:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", _number(self.value))
-        object.__setattr__(self, "blocks", tuple((str(p), _number(f)) for p, f in self.blocks))
+        given: Any = self.blocks
+        pairs = tuple(_blocks(given)) if isinstance(given, Mapping) else given
+        object.__setattr__(self, "blocks", tuple((str(p), _number(f)) for p, f in pairs))
         if self.samples is not None:
-            object.__setattr__(self, "samples", tuple(_number(s) for s in self.samples))
-            if not self.samples:
-                raise ConfigError("weights per sample need one factor for each prompt; got none")
+            if not isinstance(self.samples, Iterable) or not (samples := tuple(self.samples)):
+                raise ConfigError(f"weights per sample are one factor for each prompt; got {self.samples!r}")
+            object.__setattr__(self, "samples", tuple(_number(s) for s in samples))
+        for part, kind in (("schedule", Schedule), ("mask", Mask)):
+            value = getattr(self, part)
+            if value is not None and not isinstance(value, kind):
+                object.__setattr__(self, part, kind(value))
         if self.mask is not None and self.mask.is_even:
             object.__setattr__(self, "value", self.value * float(self.mask.area[0, 0]))
             object.__setattr__(self, "mask", None)

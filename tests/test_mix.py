@@ -68,11 +68,6 @@ def test_a_schedule_refuses_factors_that_are_not_finite():
         Schedule(((0.0, float("inf")),))
 
 
-def test_a_window_that_ends_before_it_starts_is_refused():
-    with pytest.raises(ConfigError, match="times rising"):
-        Schedule.window(0.6, 0.3)
-
-
 def test_a_mask_reads_pictures_and_arrays_alike():
     picture = Image.new("RGB", (4, 2), "black")
     picture.paste("white", (2, 0, 4, 2))
@@ -158,6 +153,34 @@ def test_blocks_of_a_unets_half_have_their_names():
 def test_weights_per_sample_need_samples():
     with pytest.raises(ConfigError, match="one factor for each prompt"):
         Weight(samples=())
+
+
+def test_points_areas_and_blocks_are_understood_where_their_types_are_meant():
+    points = [(0, 0), (0.5, 1)]
+    plain = Weight(0.8, blocks={"unet": {"down": 0.3}}, schedule=points, mask=HALF)
+    blocks = Weight.of({"unet": {"down": 0.3}}).blocks
+    assert plain == Weight(0.8, blocks=blocks, schedule=Schedule(points), mask=Mask(HALF))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Weight(schedule=lambda time: time), "a schedule is a list of .time, factor."),
+        (lambda: Schedule((1, 2)), "a schedule is a list of .time, factor."),
+        (lambda: Schedule.window(0.8, 0.2), "from a time to a later one, both from 0 to 1; got 0.8 and 0.2"),
+        (lambda: Schedule.window(-1, 2), "from a time to a later one, both from 0 to 1; got -1 and 2"),
+        (lambda: Weight(samples=1.0), "one factor for each prompt; got 1.0"),
+        (lambda: Weight(samples=["x"]), "must be a finite number"),
+        (lambda: Mask("left.png"), "or an opened picture; got 'left.png'"),
+        (lambda: Mask([[1], [1, 0]]), "numbers, or an opened picture; got"),
+        (lambda: Mask([[0, 2]]), "numbers from 0 to 1; got 0 to 2"),
+        (lambda: Mask([[0, float("nan")]]), "numbers from 0 to 1; got nan"),
+        (lambda: Mask(torch.ones(3, 4, 4)), r"got shape \(3, 4, 4\)"),
+    ],
+)
+def test_parts_of_a_weight_that_cannot_be_are_refused(make, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make()
 
 
 @pytest.mark.parametrize(
