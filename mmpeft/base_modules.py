@@ -30,9 +30,12 @@ def modules_of(base: Any) -> dict[str, nn.Module]:
     if isinstance(base, str | Path):
         from diffusers import DiffusionPipeline
 
+        from mmpeft.backbones.stable_diffusion_files import quietly
+
         base = pocket_folder() if base == "pocket" else base
         try:
-            base = DiffusionPipeline.from_pretrained(base, local_files_only=True)
+            with quietly():
+                base = DiffusionPipeline.from_pretrained(base, local_files_only=True)
         except OSError as error:
             raise BaseError(f"cannot open the base {base}: it is no diffusers folder") from error
     if isinstance(base, nn.Module):

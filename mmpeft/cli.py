@@ -43,7 +43,10 @@ def main() -> None:
     launch.prepare_threads()
     quieten_libraries(os.environ)
     try:
-        make_app(sys.argv[1:])(expanded(sys.argv[1:]), exit_on_error=False, print_error=False)
+        try:
+            make_app(sys.argv[1:])(expanded(sys.argv[1:]), exit_on_error=False, print_error=False)
+        finally:
+            sys.stdout.flush()
         code = 0
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
@@ -53,6 +56,9 @@ def main() -> None:
         code = _complaint(parse_error_sentence(error))
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     if "RANK" in os.environ:
         launch.leave(code)
     sys.exit(code)

@@ -130,3 +130,12 @@ def test_generate_writes_the_picture(tmp_path, tiny_sd_folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"wrote {out} (32 x 32)\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mmpeft.cli", "plugins", "strategy"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
