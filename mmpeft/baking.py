@@ -19,14 +19,14 @@ from typing import Any
 
 import mmpeft
 from mmpeft.adapter import Adapter, load_adapter
-from mmpeft.backbones.fingerprint import Fingerprint, FingerprintMatch, LayerSketch, compare
+from mmpeft.backbones.fingerprint import Fingerprint, LayerSketch, compare
 from mmpeft.baked_output import Output
 from mmpeft.composition.lineage import weight_json
 from mmpeft.composition.parents import titles_of
 from mmpeft.composition.report import Errors, percent
 from mmpeft.disk.base_files import BaseFiles, open_base
 from mmpeft.disk.weights_stream import FLOAT_TYPES
-from mmpeft.errors import BaseMismatch, ConfigError
+from mmpeft.errors import ConfigError
 from mmpeft.fused_weights import Changes, Ingredient, Losses, find_changes, rewritten
 from mmpeft.mix import Weight
 
@@ -190,7 +190,10 @@ def _look_at_base(
             known = {layer: sketch for layer, sketch in trained.layers.items() if layer in sketches}
             trained = Fingerprint(trained.prediction, known)
             here = Fingerprint(base.prediction or trained.prediction, sketches)
-            _judge(each, base, compare(trained, here), strict)
+            verdict = compare(trained, here)
+            said = verdict.judge(each.title, each.adapter.card.base, base.title, strict=strict)
+            if said:
+                warnings.warn(said, stacklevel=3)
     return touched
 
 
@@ -198,19 +201,6 @@ def _sketch(base: BaseFiles, layer: str, sketches: dict[str, LayerSketch]) -> No
     slots = base.slots(layer)
     if layer not in sketches and slots and slots[0].dtype in FLOAT_TYPES and len(slots[0].shape) > 1:
         sketches |= Fingerprint.of({layer: slots[0].read()}, "").layers
-
-
-def _judge(ingredient: Ingredient, base: BaseFiles, verdict: FingerprintMatch, strict: bool) -> None:
-    bases = f"{ingredient.title} was trained on {ingredient.adapter.card.base or 'another base'}"
-    if verdict.kind == "other":
-        raise BaseMismatch(f"{bases}, which {base.title} is not: {verdict.reason}")
-    if verdict.kind == "fine-tune":
-        sentence = (
-            f"{bases}; {base.title} has the same shapes and other weights, {verdict.distance:.1%} apart"
-        )
-        if strict:
-            raise BaseMismatch(f"{sentence}, and strict_base refuses that")
-        warnings.warn(f"{sentence}; it will work the better, the closer they are", stacklevel=4)
 
 
 def _write(

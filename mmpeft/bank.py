@@ -32,7 +32,7 @@ from mmpeft.base_modules import check_fits, modules_of
 from mmpeft.batch_layout import BatchLayout
 from mmpeft.delta import Delta
 from mmpeft.disk.safetensors_file import stored_bytes
-from mmpeft.errors import BankError, BaseMismatch, ConfigError, MethodError
+from mmpeft.errors import BankError, ConfigError, MethodError
 from mmpeft.injection import is_adaptable, live_parameters
 from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.live import fusing
@@ -444,15 +444,9 @@ class AdapterBank:
             {name: readable[name] for name in trained.layers}, self._prediction or whole.prediction
         )
         verdict = compare(trained, here)
-        bases = f"{title} was trained on {adapter.card.base or 'another base'}"
-        if verdict.kind == "other":
-            raise BaseMismatch(f"{bases}, which this {self._title} is not: {verdict.reason}")
-        if verdict.kind == "fine-tune":
-            here_is = f"this {self._title} has the same shapes and other weights"
-            sentence = f"{bases}; {here_is}, {verdict.distance:.1%} apart"
-            if strict:
-                raise BaseMismatch(f"{sentence}, and strict_base refuses that")
-            warnings.warn(f"{sentence}; it will work the better, the closer they are", stacklevel=3)
+        said = verdict.judge(title, adapter.card.base, f"this {self._title}", strict=strict)
+        if said:
+            warnings.warn(said, stacklevel=3)
 
     def _known(self, name: str) -> None:
         if name not in self._adapters:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from mmpeft.errors import FormatError
+from mmpeft.errors import BaseMismatch, FormatError
 from mmpeft.randomness import normal
 
 _PROJECTIONS = 8
@@ -47,6 +47,31 @@ class FingerprintMatch:
     kind: Literal["same", "fine-tune", "other"]
     distance: float
     reason: str = ""
+
+    def judge(self, title: str, trained_on: str, here: str, *, strict: bool) -> str | None:
+        """Say what it means for an adapter that was trained on the one base and shall be used on the other.
+
+        Args:
+            title: the adapter's.
+            trained_on: the name of its base; "" if unknown.
+            here: what to call the other base.
+            strict: refuse a fine-tune.
+
+        Returns:
+            A sentence to warn with where the other is a fine-tune; None where it is the same.
+
+        Raises:
+            BaseMismatch: the other cannot carry the adapter, or is a fine-tune and that is refused.
+        """
+        bases = f"{title} was trained on {trained_on or 'another base'}"
+        if self.kind == "other":
+            raise BaseMismatch(f"{bases}, which {here} is not: {self.reason}")
+        if self.kind == "same":
+            return None
+        sentence = f"{bases}; {here} has the same shapes and other weights, {self.distance:.1%} apart"
+        if strict:
+            raise BaseMismatch(f"{sentence}, and strict_base refuses that")
+        return f"{sentence}; it will work the better, the closer they are"
 
 
 @dataclass(frozen=True)
