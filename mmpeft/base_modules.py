@@ -5,6 +5,7 @@ Layers are named as on disk with the component in front; modules are given by co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,17 @@ from mmpeft.layer_adapter import LayerAdapter, by_component, shapes_agree
 
 
 def modules_of(base: Any) -> dict[str, nn.Module]:
-    """Give the modules that can carry adapters, by component name, of a pipeline, its folder, a module or a mapping.
+    """Give the modules that can carry adapters, by component name: of a pipeline, a module, a folder or a mapping.
 
     Args:
-        base: "pocket" is the embedded base's folder.
+        base: "pocket" is the embedded base's folder; a folder is diffusers' of a pipeline, or transformers' of a model.
 
     Raises:
         AdapterError: there are none.
         BaseError: the folder cannot be opened.
     """
     if isinstance(base, str | Path):
-        from diffusers import DiffusionPipeline
-
-        from mmpeft.backbones.stable_diffusion_files import quietly
-
-        base = pocket_folder() if base == "pocket" else base
-        try:
-            with quietly():
-                base = DiffusionPipeline.from_pretrained(base, local_files_only=True)
-        except OSError as error:
-            raise BaseError(f"cannot open the base {base}: it is no diffusers folder") from error
+        base = _opened(pocket_folder() if base == "pocket" else Path(base))
     if isinstance(base, nn.Module):
         kind = type(getattr(base, "_orig_mod", base)).__name__
         names = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
@@ -47,6 +39,28 @@ def modules_of(base: Any) -> dict[str, nn.Module]:
     if not found:
         raise AdapterError(f"{type(base).__name__} has no component that can carry adapters")
     return found
+
+
+def _opened(base: Path) -> Any:
+    """Open a pipeline's folder (or hub name in the cache), or the folder of one transformers model."""
+    from diffusers import DiffusionPipeline
+
+    from mmpeft.backbones.stable_diffusion_files import quietly
+
+    opener: Any = DiffusionPipeline
+    try:
+        if (base / "config.json").is_file() and not (base / "model_index.json").exists():
+            import transformers
+
+            # it names the class that it was saved from
+            (name, *_) = json.loads((base / "config.json").read_text(encoding="utf-8"))["architectures"]
+            opener = getattr(transformers, name)
+        with quietly():
+            return opener.from_pretrained(str(base), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseError(
+            f"cannot open the base {base}: it is no folder of a diffusers pipeline or a transformers model"
+        ) from error
 
 
 def check_fits(

@@ -76,7 +76,7 @@ def _compose(
     seed:
         Of strategies that draw; 0 when left out.
     base:
-        A diffusers folder, or pocket; needed by methods whose change depends on the base's weights (DoRA, OFT, (IA)³).
+        The model's folder, or pocket; needed by methods whose change depends on the base's weights (DoRA, OFT, (IA)³).
     like:
         A composed adapter: compose the same again from its parents, given in any order without weights.
     as_json:
@@ -121,7 +121,7 @@ def interference(
     adapters:
         At least two folders or files.
     base:
-        A diffusers folder, or pocket; needed by methods whose change depends on the base's weights.
+        The model's folder, or pocket; needed by methods whose change depends on the base's weights.
     layers:
         Show every layer instead of blocks.
     picture:
@@ -155,7 +155,7 @@ def compare(a: Path, b: Path, /, *, base: str | None = None, as_json: _Json = Fa
     b:
         Another.
     base:
-        A diffusers folder, or pocket; needed by methods whose change depends on the base's weights.
+        The model's folder, or pocket; needed by methods whose change depends on the base's weights.
     as_json:
         Print JSON instead of a table.
     """
