@@ -13,7 +13,7 @@ from mmpeft import adapter_file
 from mmpeft.adapter_card import AdapterCard
 from mmpeft.base_modules import bound_layers, check_fits, modules_of
 from mmpeft.disk.safetensors_file import stored_bytes
-from mmpeft.errors import AdapterError
+from mmpeft.errors import AdapterError, ConfigError
 from mmpeft.injection import shapes
 from mmpeft.layer_adapter import LayerAdapter, by_component
 from mmpeft.plugins import near_miss
@@ -102,10 +102,15 @@ def load_adapter(
             are read as with `base`; whether the adapter fits is left to the caller.
 
     Raises:
+        ConfigError: `path` is no path.
         AdapterError: there is no such file, or it is a pickle.
         FormatError: it is broken, or a key in it is unknown; the sentence names the key and the likely reason.
         BaseMismatch: it does not fit `base`.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(
+            f"an adapter is read from the path of a folder or a file; got {type(path).__name__}"
+        )
     file = adapter_file.weights_file(Path(path))
     modules = None if base is None else modules_of(base)
     there = base_shapes if modules is None else shapes(modules)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmpeft.adapter import Adapter
+from mmpeft.adapter import Adapter, load_adapter
 from mmpeft.adapter_card import AdapterCard
-from mmpeft.errors import BaseMismatch
+from mmpeft.errors import BaseMismatch, ConfigError
 from mmpeft.methods.full import FullLayer
 from mmpeft.methods.ia3 import Ia3Layer
 
@@ -49,3 +49,9 @@ def test_an_adapter_is_not_bound_to_a_base_that_it_does_not_fit():
         "ink was trained on tiny and does not fit this base, projector (ModuleDict): 1 of 3 layers match; "
         "projector.b has weight (4, 3), the adapter's is (2, 3) (projector 1 of 2, unet 0 of 1)"
     )
+
+
+@pytest.mark.parametrize("path", [None, 3, Adapter({})])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(ConfigError, match=f"from the path of a folder or a file; got {type(path).__name__}"):
+        load_adapter(path)
