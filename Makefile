@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart setup test lint format wheel-check bench bench-adapters bench-fusion pocket clean
+.PHONY: quickstart setup test lint format wheel-check bench bench-adapters bench-compositions bench-fusion pocket clean
 
 quickstart: setup  ## train, mix, fuse and measure two adapters: about five minutes
 	$(BIN)/mmpeft quickstart --out runs/quickstart
@@ -40,6 +40,9 @@ bench: setup  ## one training step at the true size of Stable Diffusion 1.5
 
 bench-adapters: setup  ## train and score two styles and a subject on the embedded base
 	$(BIN)/python benchmarks/adapters.py
+
+bench-compositions: setup  ## train two styles and a subject, compose them by every strategy, score and draw them
+	$(BIN)/python benchmarks/compositions.py
 
 bench-fusion: setup  ## composition, live mixing and fusing beside PEFT and diffusers: four minutes of one core
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fusion.py

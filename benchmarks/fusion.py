@@ -21,9 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from readme_table import place
+
 RESULTS = Path(__file__).parent / "results" / "fusion.json"
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- bench-fusion -->", "<!-- /bench-fusion -->"
 RANK, MANY = 16, 8
 WEIGHTS = (1.0, 0.7, -0.5, 0.3)
 CYCLES = 100
@@ -544,13 +544,6 @@ def fusing_cells(row: dict[str, Any]) -> Iterable[list[str]]:
     ]
 
 
-def into_readme(text: str, results: dict[str, Any]) -> str:
-    """Put the table between its markers."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{table(results)}\n{END}{tail}"
-
-
 def main() -> None:
     from mmpeft.cli import quieten_libraries
 
@@ -573,7 +566,7 @@ def main() -> None:
         }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rounded(results), indent=2) + "\n")
-    README.write_text(into_readme(README.read_text(encoding="utf-8"), rounded(results)), encoding="utf-8")
+    place("bench-fusion", table(rounded(results)))
     print(table(rounded(results)))
     print(f"{time.perf_counter() - started:.0f} s")
 
