@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -40,6 +41,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 LYCORIS_WEIGHTS = "lycoris.safetensors"
 CARD = "adapter.json"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_FILE = re.compile(rf"peft/[^/]+/({re.escape(PEFT_WEIGHTS)}|{re.escape(PEFT_CONFIG)})")
 
 
 def save(
@@ -56,7 +58,8 @@ def save(
         files: further files of the artefact (preview images) by relative name; the model card shows pictures.
 
     Raises:
-        AdapterError: the adapter is empty, has numbers that are not finite, or `folder` holds something else.
+        AdapterError: the adapter is empty, has numbers that are not finite, or `folder` holds something else, be it
+            beside an adapter.
         MethodError: it has layers that neither diffusers nor LyCORIS has a form for.
     """
     folder, files = Path(folder), dict(files or {})
@@ -73,8 +76,25 @@ def save(
         raise AdapterError(
             f"{folder} holds something that is no adapter; choose another folder or empty this one"
         )
+    if strange := sorted(_strange_files(folder) - files.keys()):
+        raise AdapterError(
+            f"{folder} holds {strange[0]} beside an adapter, which replacing the folder would lose; move it, or choose "
+            f"another folder"
+        )
     write_folder(folder, {**contents, **files})
     return folder
+
+
+def _strange_files(folder: Path) -> set[str]:
+    """Find what lies in an adapter's folder and was not written with an adapter; its page names its pictures."""
+    page = folder / "README.md"
+    told = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    return {
+        name
+        for name in found - {WEIGHTS, LYCORIS_WEIGHTS, CARD, page.name}
+        if not _PEFT_FILE.fullmatch(name) and f"![{name}]({name})" not in told
+    }
 
 
 def _weights(components: Mapping[str, Mapping[str, LayerAdapter]], base: str) -> dict[str, bytes]:

@@ -32,7 +32,7 @@ from mmpeft.base_modules import check_fits, modules_of
 from mmpeft.batch_layout import BatchLayout
 from mmpeft.delta import Delta
 from mmpeft.disk.safetensors_file import stored_bytes
-from mmpeft.errors import BankError, ConfigError, MethodError
+from mmpeft.errors import AdapterError, BankError, ConfigError, MethodError
 from mmpeft.injection import is_adaptable, live_parameters
 from mmpeft.layer_adapter import LayerAdapter
 from mmpeft.live import fusing
@@ -61,8 +61,8 @@ def attach(model: Any, *, capacity: int | None = None) -> AdapterBank:
         AdapterError: there is nothing that can carry adapters.
         ConfigError: a capacity below 1.
     """
-    if capacity is not None and capacity < 1:
-        raise ConfigError(f"capacity: must be at least 1 rank; got {capacity}")
+    if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+        raise ConfigError(f"capacity: must be a whole number of ranks, at least 1; got {capacity!r}")
     modules = modules_of(model)
     config = getattr(getattr(model, "scheduler", None), "config", None)
     prediction = getattr(config, "prediction_type", "")
@@ -147,20 +147,24 @@ class AdapterBank:
             strict_base: refuse such an adapter.
 
         Raises:
-            BankError: the name is taken, the mix is fused, or a layer cannot be changed live.
+            BankError: the name is taken or none, the mix is fused, or a layer cannot be changed live.
             BaseMismatch: layers are missing or have other shapes here, or the base predicts something else.
-            AdapterError: the file cannot be read.
+            AdapterError: the file cannot be read, or the adapter is empty.
             MethodError: the method is no change of weights.
         """
         with self._lock:
             self._refuse_fused("load")
-            if not name or name in self._adapters:
+            if not isinstance(name, str) or not name:
+                raise BankError(f"an adapter's name in the bank is a word; got {name!r}")
+            if name in self._adapters:
                 raise BankError(
                     f"an adapter called {name!r} is loaded already; unload it or choose another name"
                 )
             self._refuse_foreign()
-            title = name if isinstance(adapter, Adapter) else Path(adapter).name
+            title = name if isinstance(adapter, Adapter) else Path(str(adapter)).name
             adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self._modules)
+            if not len(adapter):
+                raise AdapterError(f"{title} is empty; there is nothing to load")
             check_fits(adapter, self._modules, title, adapter.card.base)
             self._judge_base(adapter, title, strict_base)
             deltas = {

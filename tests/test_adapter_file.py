@@ -213,6 +213,16 @@ def test_saving_replaces_an_adapter_but_nothing_else(adapter, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_what_somebody_put_beside_an_adapter_is_not_lost(adapter, tmp_path):
+    folder = adapter.save(tmp_path / "a")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(AdapterError, match=r"holds notes.txt beside an adapter, which replacing .* would lose"):
+        adapter.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    adapter.save(folder, files={"notes.txt": b"newer"})
+    assert (folder / "notes.txt").read_bytes() == b"newer"
+
+
 def test_a_save_that_fails_leaves_the_old_adapter(adapter, tmp_path, monkeypatch):
     import errno
     import os

@@ -169,6 +169,7 @@ def test_a_compiled_model_follows_fuse_and_unfuse(plain):
     torch.testing.assert_close(compiled(x), base, **CLOSE)
 
 
-def test_a_capacity_below_one_rank_is_refused(plain):
-    with pytest.raises(ConfigError, match=r"capacity: must be at least 1 rank; got 0"):
-        mmpeft.attach(plain, capacity=0)
+@pytest.mark.parametrize("capacity", [0, -1, 1.5, "8"])
+def test_a_capacity_that_is_no_number_of_ranks_is_refused(capacity, plain):
+    with pytest.raises(ConfigError, match=r"capacity: must be a whole number of ranks, at least 1; got"):
+        mmpeft.attach(plain, capacity=capacity)

@@ -9,7 +9,7 @@ import mmpeft
 from mmpeft.adapter import Adapter
 from mmpeft.adapter_card import AdapterCard
 from mmpeft.backbones.fingerprint import Fingerprint
-from mmpeft.errors import BankError, BaseMismatch, ConfigError
+from mmpeft.errors import AdapterError, BankError, BaseMismatch, ConfigError
 from mmpeft.injection import live_layers
 from mmpeft.methods.lora import LoraLayer
 from mmpeft.mix import Mix, Weight
@@ -267,3 +267,18 @@ def test_unloading_within_a_block_is_remembered_after_it(bank_and_pipe, open_bas
     assert bank.weights == {"lora": 1.0, "rslora": 0.0}
     bank.unload("lora")
     assert torch.equal(predict(pipe, PROMPTS), predict(open_base(), PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_name_that_is_no_word_is_refused(name, bank_and_pipe, adapters):
+    bank, _ = bank_and_pipe
+    with pytest.raises(BankError, match=r"an adapter's name in the bank is a word; got"):
+        bank.load(adapters["lora"], name)
+
+
+def test_an_adapter_without_layers_is_not_loaded(bank_and_pipe):
+    bank, _ = bank_and_pipe
+    loaded = sorted(bank.adapters)
+    with pytest.raises(AdapterError, match=r"nothing is empty; there is nothing to load"):
+        bank.load(Adapter({}), "nothing")
+    assert sorted(bank.adapters) == loaded
