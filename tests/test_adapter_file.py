@@ -216,7 +216,9 @@ def test_saving_replaces_an_adapter_but_nothing_else(adapter, tmp_path):
 def test_what_somebody_put_beside_an_adapter_is_not_lost(adapter, tmp_path):
     folder = adapter.save(tmp_path / "a")
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(AdapterError, match=r"holds notes.txt beside an adapter, which replacing .* would lose"):
+    with pytest.raises(
+        AdapterError, match=r"holds notes.txt beside an adapter, which replacing .* would lose"
+    ):
         adapter.save(folder)
     assert (folder / "notes.txt").read_text() == "mine"
     adapter.save(folder, files={"notes.txt": b"newer"})
