@@ -21,10 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fusion_table import RANK, table
 from readme_table import place
+from sd15_shapes import unet_of_sd15
 
 RESULTS = Path(__file__).parent / "results" / "fusion.json"
-RANK, MANY = 16, 8
+MANY = 8
 WEIGHTS = (1.0, 0.7, -0.5, 0.3)
 CYCLES = 100
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -158,27 +160,6 @@ def measure_svd() -> list[dict[str, Any]]:
     return rows
 
 
-def sd15_unet(dtype: Any, device: str = "cpu") -> Any:
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return UNet2DConditionModel(
-                sample_size=64,
-                block_out_channels=(320, 640, 1280, 1280),
-                layers_per_block=2,
-                cross_attention_dim=768,
-                attention_head_dim=8,
-                down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-                up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-            ).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def target_shapes(model: Any, targets: Iterable[str], component: str = "unet") -> dict[str, tuple[int, ...]]:
     from mmpeft.injection import shapes
 
@@ -202,7 +183,7 @@ def measure_composition(rows: list[dict[str, Any]]) -> dict[str, Any]:
     import mmpeft
     from mmpeft.delta import matrix_shape
 
-    shapes = target_shapes(sd15_unet(torch.float32, "meta"), EVERYTHING)
+    shapes = target_shapes(unet_of_sd15(torch.float32, "meta"), EVERYTHING)
     adapters = [adapter_for(shapes, seed) for seed in range(len(WEIGHTS))]
     start = clock()
     _, report = mmpeft.compose(list(zip(adapters, WEIGHTS, strict=True)), "svd", rank=RANK)
@@ -304,7 +285,7 @@ def measure_all_live() -> dict[str, Any]:
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         inputs = torch.randn(1, 4, 32, 32).to(dtype), 500, torch.randn(1, 77, 768).to(dtype)
         results[f"SD 1.5 UNet at 256 px, {name}"] = measure_live(
-            sd15_unet(dtype), "unet", EVERYTHING, inputs, 5
+            unet_of_sd15(dtype), "unet", EVERYTHING, inputs, 5
         )
     return results
 
@@ -453,95 +434,6 @@ def drift(before: dict[str, Any], after: dict[str, Any], change: float) -> dict[
     differ = sum(int((a.view(torch.uint8) != b.view(torch.uint8)).sum()) for a, b in pairs)
     distance = math.sqrt(sum(float((a.float() - b.float()).norm()) ** 2 for a, b in pairs))
     return {"bytes that differ": differ, "distance over the change": distance / change}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Write the README's table."""
-    rows = [
-        *svd_cells(results["svd"]),
-        composition_cells(results["composition"]),
-        *(live_cells(title, row) for title, row in results["live"].items()),
-        *(switching_cells(title, row) for title, row in results["switching"].items()),
-        *fusing_cells(results["fusing"]),
-    ]
-    lines = ["| what | mmpeft | PEFT or diffusers | ratio |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"One thread, processor time, medians of sides taking turns, whole adapters once: {versions}.",
-        ]
-    )
-
-
-def span(milliseconds: float) -> str:
-    if milliseconds < 20:
-        return f"{milliseconds:.1f} ms"
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
-
-
-def svd_cells(rows: list[dict[str, Any]]) -> Iterable[list[str]]:
-    for row in rows:
-        ms, error = row["milliseconds"], row["error"]
-        yield [
-            f"`svd` of four adapters to rank {RANK}, layer {' x '.join(map(str, row['layer']))}",
-            f"{span(ms['ours'])}, error {error['ours']:.6f}",
-            f"{span(ms['peft'])}, error {error['peft']:.6f}",
-            f"{row['ratio']:.0f} times faster",
-        ]
-
-
-def composition_cells(row: dict[str, Any]) -> list[str]:
-    seconds, known = row["peft seconds, at least"], row["layers whose shape was timed"]
-    return [
-        f"the same for all {row['layers']} attention, feed-forward and residual layers of SD 1.5",
-        f"{row['seconds']:.1f} s",
-        f"at least {seconds / 60:.1f} minutes, extrapolated from one layer of each shape of {known} of them; another "
-        f"one counts as the slowest of those that are no larger",
-        f"{seconds / row['seconds']:.0f} times faster",
-    ]
-
-
-def live_cells(title: str, row: dict[str, Any]) -> list[str]:
-    ms = row["milliseconds"]
-    return [
-        f"live, {title}: {span(ms['base'])} without adapters",
-        f"one {span(ms['ours, one'])}, eight {span(ms['ours, eight'])}",
-        f"one {span(ms['peft, one'])}",
-        f"one costs {row['one']:.2f}, eight {row['eight']:.2f} of PEFT's one",
-    ]
-
-
-def switching_cells(title: str, row: dict[str, Any]) -> list[str]:
-    ms, loads = row["milliseconds"], row["against load_lora_weights"]
-    is_load = title.startswith("load")
-    against = "" if is_load else f", {loads:.0f} times faster than `load_lora_weights`"
-    return [
-        f"{title}, pocket",
-        span(ms["ours"]),
-        f"{span(ms['diffusers'])} by `{'load_lora_weights' if is_load else 'set_adapters'}`",
-        f"{row['ratio']:.1f} times faster{against}",
-    ]
-
-
-def fusing_cells(row: dict[str, Any]) -> Iterable[list[str]]:
-    ms, ours, theirs = row["milliseconds"], row["drift"]["ours"], row["drift"]["diffusers"]
-    for verb in ("fuse", "unfuse"):
-        mine, other = ms[f"ours, {verb}"], ms[f"diffusers, {verb}"]
-        yield [
-            f"{verb}, pocket in bfloat16",
-            span(mine),
-            f"{span(other)} by `{verb}_lora`",
-            f"{mine / other:.2f} of the time",
-        ]
-    yield [
-        f"left after {row['cycles']} cycles at varying weights",
-        f"{ours['bytes that differ']} bytes differ",
-        f"{theirs['bytes that differ']:,} bytes differ, {theirs['distance over the change']:.1%} of the change",
-        "",
-    ]
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from sd15_shapes import unet_of_sd15
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mmpeft.backbones.pocket import image_folder, pocket_folder
@@ -25,15 +26,7 @@ STEPS = 3
 def build(folder: Path) -> None:
     """Write a Stable Diffusion 1.5 with random bfloat16 weights; the tokenizer is the pocket base's."""
     torch.set_default_dtype(torch.bfloat16)
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    )
+    unet = unet_of_sd15(torch.bfloat16)
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,

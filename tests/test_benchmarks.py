@@ -23,7 +23,7 @@ def shown(script, name: str, table: str) -> bool:
 
 def test_the_table_beside_peft_and_diffusers_is_made_from_the_results(script):
     results = json.loads((RESULTS / "fusion.json").read_text())
-    assert shown(script, "bench-fusion", script("fusion").table(results))
+    assert shown(script, "bench-fusion", script("fusion_table").table(results))
     assert all(row["error"]["ours"] <= row["error"]["peft"] * (1 + 1e-6) for row in results["svd"])
     assert results["fusing"]["drift"]["ours"]["bytes that differ"] == 0
 
