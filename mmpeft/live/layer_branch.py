@@ -47,16 +47,19 @@ class LayerBranch(Branch):
         self._outputs, self._inputs = Vectors(self._is_static), Vectors(self._is_static)
         self._wholes = Wholes(self._shape, self._is_static)
         self._held: dict[int, Tensor] = {}  # inputs on their way from the pre-hook to the hook, by thread
-        self._kept: tuple[tuple[int, float], Tensor] | None = (
-            None  # the changed weight, and what it was made of
-        )
+        # the changed weight, and what it was made of
+        self._kept: tuple[tuple[int, int, float], Tensor] | None = None
         self._settle()
 
     def before(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the input for the hook, where it is cheaper to run the changed weight: the forward pre-hook."""
-        if torch.compiler.is_compiling() or self.is_silent or not self.is_active:
+        if torch.compiler.is_compiling():
+            return None
+        if self._held:  # a call that failed before its hook came
+            self._held.pop(threading.get_ident(), None)
+        if self.is_silent or not self.is_active:
             return None
         if self.conditions is not None or kwargs or len(args) != 1:
             return None
@@ -194,12 +197,14 @@ class LayerBranch(Branch):
         if not self._may_keep():
             return self._changed_weight(), bias
         weight = self.layer.weight
-        # in float32 the sum tells what others change in the weight, which `weight.data += ...` does without a trace
-        seen = weight.data_ptr(), float(weight.sum())
-        if self._kept is None or self._kept[0] != seen:
+        # the version counts what others change in place; the sum tells of `weight.data += ...`, which is not counted
+        version = 0 if weight.is_inference() else weight._version
+        seen = weight.data_ptr(), version, float(weight.sum())
+        kept = self._kept
+        if kept is None or kept[0] != seen:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = seen, self._changed_weight()
-        return self._kept[1], bias
+                kept = self._kept = seen, self._changed_weight()
+        return kept[1], bias
 
     def _may_keep(self) -> bool:
         """Whether the changed weight is small, by itself or beside the adapters; its check would hold a GPU up."""

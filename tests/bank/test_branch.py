@@ -323,3 +323,44 @@ def test_an_adapter_with_weight_0_costs_no_pass_and_changes_nothing():
     torch.testing.assert_close(model(x), changed(layer, adapters, {"lora": 0.5}).forward(x), **CLOSE)
     bank.mix(lora=0.0)
     assert torch.equal(model(x), layer.forward(x))
+
+
+def test_what_a_failed_call_was_given_is_not_computed_by_the_next():
+    layer = nn.Linear(64, 64)
+    bank = mmpeft.attach(nn.Sequential(layer))
+    bank.load(Adapter({"language_model.0": LoraLayer(draw(2, 64), draw(64, 2), 2.0)}), "a")
+    bank.mix(a=1.0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(draw(5, 63))
+    x = draw(2, 64)
+    with_gradients = layer(x)
+    assert with_gradients.shape == (2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), with_gradients.detach(), **CLOSE)
+
+
+def test_the_kept_changed_weight_follows_a_change_that_keeps_the_sum():
+    layer = nn.Linear(64, 64)
+    bank = mmpeft.attach(nn.Sequential(layer))
+    adapter = LoraLayer(draw(2, 64), draw(64, 2), 2.0)
+    bank.load(Adapter({"language_model.0": adapter}), "a")
+    bank.mix(a=1.0)
+    x = draw(3, 64)
+    with torch.no_grad():
+        layer(x)
+        for seed in range(20):
+            order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+            layer.weight.copy_(layer.weight[order])
+            expected = nn.functional.linear(x, layer.weight + adapter.dense(), layer.bias)
+            torch.testing.assert_close(
+                layer(x), expected, rtol=1e-4, atol=1e-4
+            )  # sums of 64 terms of size 10
+
+
+def test_a_detached_bank_says_that_it_is():
+    bank = mmpeft.attach(nn.Sequential(nn.Linear(6, 5)))
+    assert bank.is_attached
+    bank.detach()
+    assert not bank.is_attached
+    with pytest.raises(BankError, match="this bank was detached; attach a new one"):
+        bank.load(Adapter({"language_model.0": LoraLayer(draw(2, 6), draw(5, 2), 2.0)}), "a")
