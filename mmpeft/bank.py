@@ -91,6 +91,9 @@ class AdapterBank:
     Several threads may share it: each method waits for the others, and `using` keeps others out for its whole block.
     """
 
+    is_attached = True
+    """whether the bank is on its model; once detached it is of no more use"""
+
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
@@ -147,13 +150,16 @@ class AdapterBank:
             strict_base: refuse such an adapter.
 
         Raises:
-            BankError: the name is taken or none, the mix is fused, or a layer cannot be changed live.
+            BankError: the name is taken or none, the mix is fused, the bank was detached, or a layer cannot be changed
+                live.
             BaseMismatch: layers are missing or have other shapes here, or the base predicts something else.
             AdapterError: the file cannot be read, or the adapter is empty.
             MethodError: the method is no change of weights.
         """
         with self._lock:
             self._refuse_fused("load")
+            if not self.is_attached:
+                raise BankError("this bank was detached; attach a new one")
             if not isinstance(name, str) or not name:
                 raise BankError(f"an adapter's name in the bank is a word; got {name!r}")
             if name in self._adapters:
@@ -343,6 +349,7 @@ class AdapterBank:
             self._adapters.clear()
             self._examples.clear()
             self._mix = Mix()
+            self.is_attached = False
 
     def weights_digest(self) -> str:
         """Give the SHA-256 of all weights of the bank's modules, names included."""
@@ -392,14 +399,10 @@ class AdapterBank:
     def _set(self, mix: Mix) -> None:
         mix = Mix({name: weight for name, weight in mix.weights.items() if name in self._adapters})
         self._conditions.set_mix(mix)
-        everywhere = {
-            name: mix.weights[name].value if name in mix.weights else 0.0 for name in self._adapters
-        }
-        by_block = [name for name, weight in mix.weights.items() if weight.blocks]
         varying = {name for name, weight in mix.weights.items() if weight.varies}
         for layer, branch in self._branches.items():
             if branch.names:
-                weights = everywhere | {name: mix.at(name, layer) for name in by_block}
+                weights = {name: mix.at(name, layer) for name in branch.names}
                 branch.mix(weights, self._conditions if varying.intersection(branch.names) else None)
         self._mix = mix
 

@@ -272,11 +272,6 @@ class Mix:
     def __hash__(self) -> int:
         return hash(frozenset(self.weights.items()))
 
-    @property
-    def varies(self) -> bool:
-        """Whether any weight depends on the time, the place, the sample or the branch of guidance."""
-        return any(weight.varies for weight in self.weights.values())
-
     def at(self, name: str, layer: str) -> float:
         """Give the constant part of an adapter's weight at a layer; 0 for an adapter that is not named."""
         return self.weights[name].at(layer) if name in self.weights else 0.0

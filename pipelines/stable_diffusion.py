@@ -36,19 +36,19 @@ class MmpeftStableDiffusionPipeline(StableDiffusionPipeline):  # type: ignore[mi
 
     @property
     def bank(self) -> AdapterBank:
-        """The bank on the pipeline's UNet and text encoder; attached when it is first asked for."""
+        """The bank on the pipeline's UNet and text encoder; attached when it is first asked for, or was detached."""
         with self._attaching:
-            if self._bank is None:
+            if self._bank is None or not self._bank.is_attached:
                 self._bank = attach(self)
             return self._bank
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **settings: Any) -> MmpeftStableDiffusionPipeline:
-        """Make one that shares another pipeline's models, and its bank if it has one; see diffusers' `from_pipe`."""
+        """Make one that shares another pipeline's models, and one of ours' bank; see diffusers' `from_pipe`."""
         made: MmpeftStableDiffusionPipeline = super().from_pipe(pipeline, **settings)
-        shared = getattr(pipeline, "_bank", None)
-        if made.unet is pipeline.unet and made.text_encoder is pipeline.text_encoder:
-            made._bank = shared
+        is_shared = made.unet is pipeline.unet and made.text_encoder is pipeline.text_encoder
+        if is_shared and isinstance(pipeline, MmpeftStableDiffusionPipeline):
+            made._bank = pipeline.bank
         return made
 
     @torch.no_grad()

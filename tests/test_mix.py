@@ -192,9 +192,9 @@ def test_parts_of_a_weight_that_cannot_be_are_refused(make, sentence):
         {"conditional_only": True},
     ],
 )
-def test_a_mix_says_whether_it_varies(more):
-    assert not Mix.of(a=1.0, b={"unet": 0.5}).varies
-    assert Mix.of(a=1.0, b=Weight(**more)).varies
+def test_a_weight_says_whether_it_varies(more):
+    assert not Weight.of({"unet": 0.5}).varies
+    assert Weight(**more).varies
 
 
 def test_a_mix_is_a_value():

@@ -58,7 +58,6 @@ class Conditions:
         self._handles: list[RemovableHandle] = []
         self._layout: BatchLayout | None = None
         self._region: int | None = None
-        self._asked: frozenset[int] = frozenset()
         self.set_mix(Mix())
         for component in self._denoisers:
             self._watch(modules[component], timesteps)
@@ -82,6 +81,8 @@ class Conditions:
         self._times, self._values = _points([w.schedule or Schedule(((0.0, 1.0),)) for w in weights])
         self._needs_layout = needs_layout(weights)
         self._lay_out(self._layout)
+        # regions that an attention's layers asked for; what a pass that failed left is not the next one's
+        self._asked: frozenset[int] = frozenset()
         self._now: Tensor | None = None
         self._now_mean: Tensor | None = None
         self.varies = bool(varying)

@@ -12,7 +12,7 @@ from mmpeft.backbones.fingerprint import Fingerprint
 from mmpeft.errors import AdapterError, BankError, BaseMismatch, ConfigError
 from mmpeft.injection import live_layers
 from mmpeft.methods.lora import LoraLayer
-from mmpeft.mix import Mix, Weight
+from mmpeft.mix import Mask, Mix, Weight
 from mmpeft.verification import predict
 
 PROMPTS = ["a red cat", "a dog in ink"]
@@ -282,3 +282,19 @@ def test_an_adapter_without_layers_is_not_loaded(bank_and_pipe):
     with pytest.raises(AdapterError, match=r"nothing is empty; there is nothing to load"):
         bank.load(Adapter({}), "nothing")
     assert sorted(bank.adapters) == loaded
+
+
+def test_a_masked_pass_that_failed_leaves_nothing_to_the_next(bank_and_pipe):
+    bank, pipe = bank_and_pipe
+    bank.mix(lora=1.0)
+    plain = predict(pipe, PROMPTS)
+    attention = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn2"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = attention.to_out[0].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt), bank.using(lora=Weight(mask=Mask([[1, 0]]))):
+        predict(pipe, PROMPTS)
+    handle.remove()
+    assert torch.equal(predict(pipe, PROMPTS), plain)

@@ -230,6 +230,11 @@ def test_it_is_made_from_another_pipeline_and_shares_a_bank(pipe, adapters, tiny
     assert torch.equal(draw(made, adapters={"a": 0.5}), draw(pipe, adapters={"a": 0.5}))
     again = MmpeftStableDiffusionPipeline.from_pipe(made)
     assert again.bank is made.bank
+    unasked = MmpeftStableDiffusionPipeline.from_pretrained(tiny_sd_epsilon_folder)
+    sharing = MmpeftStableDiffusionPipeline.from_pipe(unasked)
+    assert sharing.bank is unasked.bank
+    unasked.bank.detach()
+    assert unasked.bank.is_attached
     other = MmpeftStableDiffusionPipeline.from_pipe(
         made, unet=StableDiffusionPipeline.from_pretrained(tiny_sd_epsilon_folder).unet
     )
