@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmpeft.adapter_card import AdapterCard
+from mmpeft.disk.json_files import read_object
 from mmpeft.disk.safetensors_file import PICKLES, read_header, read_tensors, serialise
 from mmpeft.disk.whole_writes import write_folder
 from mmpeft.errors import AdapterError, BaseMismatch, FormatError, MethodError
@@ -190,7 +191,7 @@ def read_layers(
         config = file.parent / PEFT_CONFIG
         if not config.is_file():
             raise FormatError(f"a PEFT file needs {PEFT_CONFIG} beside it, which holds alpha; there is none")
-        return _read_json(config)
+        return read_object(config, FormatError)
 
     component = file.parent.name if is_native else None
     try:
@@ -240,21 +241,11 @@ def read_card(weights: Path) -> AdapterCard:
     if not file.is_file():
         return AdapterCard()
     known = {field.name for field in fields(AdapterCard)}
-    values = {key: value for key, value in _read_json(file).items() if key in known}
+    values = {key: value for key, value in read_object(file, FormatError).items() if key in known}
     parents = values.get("parents") or []
     if not isinstance(parents, list):
         raise FormatError(f"{CARD} has parents {str(parents)[:80]!r}; a list is needed")
     return AdapterCard(**{**values, "parents": tuple(parents)})
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.name} is no JSON: {str(error)[:120]}") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{file.name} is no JSON object")
-    return data
 
 
 def _check_types(title: str, layer: LayerAdapter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,23 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mmpeft.disk.base_files import BaseFiles
+from mmpeft.disk.json_files import read_object
+from mmpeft.disk.safetensors_file import PICKLES
+from mmpeft.disk.whole_writes import swap
 from mmpeft.errors import BaseError, ConfigError
 
 LINEAGE = "mmpeft_bake.json"
 # Weights in other formats, which would keep the unchanged model beside the changed one.
-_OTHER_WEIGHTS = (
-    ".bin",
-    ".ckpt",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".msgpack",
-    ".h5",
-    ".onnx",
-    ".onnx_data",
-    ".gguf",
-    ".pb",
-)
+_OTHER_WEIGHTS = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".pb")
 
 
 @dataclass(frozen=True)
@@ -54,10 +44,7 @@ class Output:
         """What the base's own lineage file says, if it was baked itself; else None."""
         name = f"{self.base.path.stem}.{LINEAGE}" if self.base.is_file else LINEAGE
         file = (self.base.path.parent if self.base.is_file else self.base.path) / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BaseError(f"{name}, which tells what the base is made of, is no JSON: {error}") from error
+        return read_object(file, BaseError) if file.is_file() else None
 
     def check(self, adapters: Collection[Path]) -> None:
         """Refuse what would be lost or confused.
@@ -151,11 +138,4 @@ class Output:
             for name in (self.lineage, self.path.name):
                 os.replace(fresh / name, self.path.parent / name)
             return
-        if self.path.exists():
-            self.path.rename(old)
-        try:
-            fresh.rename(self.path)
-        except OSError:
-            if old.exists():
-                old.rename(self.path)
-            raise
+        swap(fresh, self.path, old)

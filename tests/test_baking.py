@@ -477,7 +477,7 @@ def test_a_base_that_is_not_there_or_broken_is_refused(folders, adapters, tmp_pa
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "diffusion_pytorch_model.safetensors cannot be read" in refusal(tmp_path, base, mix)[1]
     (base / "unet" / "config.json").write_text("{")
-    assert "config.json in unet is no JSON" in refusal(tmp_path, base, mix)[1]
+    assert "config.json is no JSON" in refusal(tmp_path, base, mix)[1]
 
 
 def test_a_missing_shard_is_named(llama, tmp_path):

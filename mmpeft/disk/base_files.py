@@ -6,7 +6,6 @@ checkpoint of Stable Diffusion, or the name of a hub base that is in the cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mmpeft.backbones.pocket import pocket_folder
+from mmpeft.disk.json_files import read_object
 from mmpeft.disk.weights_stream import WeightsFile
 from mmpeft.errors import BaseError
 from mmpeft.injection import COMPONENTS
@@ -165,8 +165,8 @@ def _folder(folder: Path, title: str) -> BaseFiles:
     quantised: dict[str, str] = {}
     for component, place in components.items():
         config = _json(place / "config.json")
-        if "quantization_config" in config:
-            quantised[component] = str(config["quantization_config"].get("quant_method", "an unknown method"))
+        if quantisation := config.get("quantization_config"):
+            quantised[component] = str(quantisation.get("quant_method", "an unknown method"))
         for slot in _slots(place):
             name = f"{component}.{_disk_name(slot.place.key, component, config)}"
             weights[name] = (*weights.get(name, ()), slot)
@@ -229,8 +229,4 @@ def _tie(component: str, config: Mapping[str, Any], weights: dict[str, tuple[Slo
 def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BaseError(f"{file.name} in {file.parent.name} is no JSON: {error}") from error
-    return data if isinstance(data, dict) else {}
+    return read_object(file, BaseError)

@@ -26,14 +26,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
                 raise AdapterError(f"{name} would lie outside the adapter's folder")
             file.parent.mkdir(parents=True, exist_ok=True)
             _write(file, content)
-        if folder.exists():
-            folder.rename(beside / "old")
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if (beside / "old").exists():
-                (beside / "old").rename(folder)
-            raise
+        swap(fresh, folder, beside / "old")
 
 
 def write_file(file: Path, content: bytes) -> None:
@@ -45,6 +38,18 @@ def write_file(file: Path, content: bytes) -> None:
     with _beside(file) as beside:
         _write(beside / file.name, content)
         (beside / file.name).replace(file)
+
+
+def swap(fresh: Path, place: Path, old: Path) -> None:
+    """Put a new folder in the place of one that may be there, which goes to `old` and, if this fails, comes back."""
+    try:
+        if place.exists():
+            place.rename(old)
+        fresh.rename(place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        raise
 
 
 @contextmanager
