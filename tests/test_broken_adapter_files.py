@@ -241,6 +241,9 @@ BROKEN = {
         for title, text, words in [
             ("nested too deep", "[" * 100_000, "adapter_config.json is no JSON"),
             ("with a huge number", '{"r": ' + "9" * 5000 + "}", "adapter_config.json is no JSON"),
+            ("with an endless rank", '{"r": Infinity}', "r = 'inf'; a number is needed"),
+            ("with a version that is none", '{"peft_version": "new"}', "peft_version = 'new'; a version is"),
+            ("with numbers for names", '{"feedforward_modules": [5]}', "a list of names or a regular"),
             ("with a mapping that is none", '{"auto_mapping": "x"}', "auto_mapping = 'x'; a table is needed"),
         ]
     },

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from mmpeft.errors import FormatError, MethodError
 from mmpeft.layer_adapter import LayerAdapter
@@ -42,8 +45,15 @@ def check_settings(config: Mapping[str, Any]) -> None:
         for pattern, value in patterns.items():
             _expect(_is_number(value), f"{name} {pattern!r}", "a number", value)
             _expect(_is_safe(pattern), name, "a regular expression without nested repetitions", pattern)
-    if isinstance(modules := config.get("feedforward_modules"), str):
-        _expect(_is_safe(modules), "feedforward_modules", "a regular expression", modules)
+    modules = config.get("feedforward_modules") or []
+    fits = (
+        _is_safe(modules)
+        if isinstance(modules, str)
+        else isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+    )
+    _expect(fits, "feedforward_modules", "a list of names or a regular expression", modules)
+    version = config.get("peft_version")
+    _expect(version is None or _is_version(version), "peft_version", "a version", version)
     mapping, kind = config.get("auto_mapping") or {}, config.get("peft_type", "")
     _expect(isinstance(mapping, Mapping), "auto_mapping", "a table", mapping)
     _expect(isinstance(kind, str | None), "peft_type", "a name", kind)
@@ -55,7 +65,14 @@ def _expect(fits: bool, name: str, needed: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_version(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and bool(Version(text.partition("@")[0]))
+    except InvalidVersion:
+        return False
 
 
 def _is_safe(pattern: str) -> bool:
