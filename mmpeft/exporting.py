@@ -116,12 +116,13 @@ def write(
     kind = _TYPES[_choose("dtype", dtype, tuple(_TYPES))] if dtype is not None else None
     check_truncation(rank=rank, error=error)
     modules = None if base is None else modules_of(base)
-    adapter = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, modules)
+    if not isinstance(adapter, Adapter):
+        adapter = load_adapter(adapter, modules)
+    elif modules is not None:
+        adapter = adapter.bound(modules)
     if not len(adapter):
         raise AdapterError("the adapter is empty; there is nothing to export")
-    known: dict[str, tuple[int, ...]] = {}
-    if modules is not None:
-        adapter, known = adapter.bound(modules), shapes(modules)
+    known = {} if modules is None else shapes(modules)
     errors: dict[str, float] = {}
     layers: dict[str, LayerAdapter] = {}
     for name, layer in adapter.items():
