@@ -93,14 +93,14 @@ def _compose(
             raise ConfigError(f"--out {out} would replace {path}, which is composed; choose another folder")
     if like is None:
         adapter, report = compose(
-            pairs, strategy or "sum", rank=rank, error=error, seed=seed or 0, base=_base(base), **settings
+            pairs, strategy or "sum", rank=rank, error=error, seed=seed or 0, base=base, **settings
         )
     else:
         if any(given is not None for given in (strategy, rank, error, seed)) or settings:
             raise ConfigError(f"--like {like} decides strategy, settings and weights; leave yours out")
         if weighted := [text for text in adapters if "=" in text and not Path(text).exists()]:
             raise ConfigError(f"--like {like} decides the weights; leave out that of {weighted[0]}")
-        adapter, report = replay(like, adapters, base=_base(base))
+        adapter, report = replay(like, adapters, base=base)
     adapter.save(out)
     print(json.dumps(report.as_dict(), indent=2) if as_json else f"{report.text()}\nwrote {out}")
 
@@ -134,7 +134,7 @@ def interference(
 
     if picture is not None:
         check_place(picture)
-    found = measure(adapters, base=_base(base))
+    found = measure(adapters, base=base)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
@@ -161,11 +161,5 @@ def compare(a: Path, b: Path, /, *, base: str | None = None, as_json: _Json = Fa
     """
     from mmpeft.comparison import compare as measure
 
-    found = measure(a, b, base=_base(base))
+    found = measure(a, b, base=base)
     print(json.dumps(found.as_dict(), indent=2) if as_json else found.text())
-
-
-def _base(name: str | None) -> str | Path | None:
-    from mmpeft.backbones.pocket import pocket_folder
-
-    return pocket_folder() if name == "pocket" else name

@@ -129,8 +129,10 @@ def replay(
         raise AdapterError(f"{title} was not composed: its card names no parents")
     opened = Parents(adapters, base)
     by_digest = {adapter.digest: adapter for adapter in opened}
-    wanted = [str(parent["digest"]) for parent in model.card.parents]
-    missing = [lineage.describe(parent) for parent in model.card.parents if parent["digest"] not in by_digest]
+    wanted = [str(parent.get("digest")) for parent in model.card.parents]
+    missing = [
+        lineage.describe(parent) for parent in model.card.parents if parent.get("digest") not in by_digest
+    ]
     if missing:
         raise AdapterError(
             f"{title} has {len(wanted)} parents, and {len(missing)} of them are not among what was given: "
@@ -139,9 +141,12 @@ def replay(
     for name, adapter in zip(opened.titles, opened, strict=True):
         if adapter.digest not in wanted:
             raise AdapterError(f"{name} is no parent of {title}; leave it out")
-    pairs = [(by_digest[str(p["digest"])], lineage.weight_of(p["weight"])) for p in model.card.parents]
-    common = {key: recipe[key] for key in ("strategy", "rank", "error", "seed")}
-    adapter, report = compose(pairs, **common, base=base, **recipe["settings"])
+    try:
+        pairs = [(by_digest[str(p["digest"])], lineage.weight_of(p["weight"])) for p in model.card.parents]
+        settings = {key: recipe[key] for key in ("strategy", "rank", "error", "seed")} | recipe["settings"]
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{title} does not tell how it was composed: its card lacks {error}") from error
+    adapter, report = compose(pairs, base=base, **settings)
     if adapter.digest != model.digest:
         made = ", ".join(f"{name} {number}" for name, number in model.card.versions.items())
         sentence = (

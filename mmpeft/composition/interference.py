@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, groupby
-from math import hypot
+from math import hypot, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -343,4 +343,5 @@ def _excess(
 def _plain(meeting: Meeting) -> dict[str, Any]:
     values = asdict(meeting)
     del values["layer"], values["pair"]
-    return {**values, "norms": list(meeting.norms)}
+    ratio = meeting.relative_norm
+    return {**values, "norms": list(meeting.norms), "relative_norm": ratio if isfinite(ratio) else None}

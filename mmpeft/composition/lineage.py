@@ -76,4 +76,4 @@ def describe(parent: Mapping[str, Any]) -> str:
     facts = [", ".join(parent.get("methods", ()))]
     facts += [f"on {parent['base']}"] if parent.get("base") else []
     facts += [f"trigger {parent['trigger']!r}"] if parent.get("trigger") else []
-    return f"{parent['digest']} ({' '.join(filter(None, facts))})"
+    return f"{parent.get('digest', 'one without a digest')} ({' '.join(filter(None, facts))})"

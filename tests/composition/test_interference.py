@@ -179,7 +179,7 @@ def test_the_json_has_every_layer_of_every_pair():
     assert set(first["layers"]) == set(SHAPES)
     assert first["layers"][TO_Q]["norms"] == list(found.of(found.pairs[0])[1].norms)
     assert set(first["overall"]) == {
-        "norms", "cosine", "sign_conflict",
+        "norms", "relative_norm", "cosine", "sign_conflict",
         "output_overlap", "input_overlap", "output_chance", "input_chance",
     }  # fmt: skip
 

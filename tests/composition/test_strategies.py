@@ -72,9 +72,13 @@ def test_any_ranks_weights_shapes_and_dtypes_compose(low_rank, name, shape, part
     assert change.dtype == torch.float32
     assert torch.isfinite(change).all()
     assert isinstance(result, LowRank if name in LOW_RANK else Dense)
-    # what half precision rounded is where it starts from; from there it computes in float32
-    started = [(LowRank(d.lora_B.to(dtype), d.lora_A.to(dtype), shape), weight) for d, weight in terms]
-    assert torch.equal(compose(name, started).dense(), change)
+    # the same numbers, rounded to the type but held in float32, give the same: half precision is never computed in
+    held = []
+    for seed, (rank, weight) in enumerate(parts):
+        exact = low_rank(shape, rank, seed)
+        B, A = exact.lora_B.to(dtype).float(), exact.lora_A.to(dtype).float()
+        held.append((LowRank(B, A, shape), weight))
+    assert torch.equal(compose(name, held).dense(), change)
 
 
 @pytest.mark.parametrize("name", NAMES)
